@@ -1,0 +1,235 @@
+"""Configuration: frozen, checked when made, so that everything behind it can rely on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+LORA_BLOCK_RANK = 16  # fills one bf16 tile of a TPU, the least width of a GPU's matrix unit
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+
+
+def resolve_dtype(name: Any, argument: str, auto: str) -> str:
+    """A dtype argument ("auto", a name, a jnp or torch dtype) as one of `DTYPES`."""
+    if name is None or name == "auto":
+        return auto
+    text = name if isinstance(name, str) else getattr(name, "__name__", None) or str(name)
+    text = text.removeprefix("torch.")
+    text = DTYPE_ALIASES.get(text, text)
+    if text not in DTYPES:
+        raise ValueError(f"{argument}={name!r} is not supported; use auto, {', '.join(DTYPES)}")
+    return text
+
+
+def require_int(name: str, value: Any, least: int) -> None:
+    """Raises unless value is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Limits of adapter serving.
+
+    max_lora_rank: largest rank accepted. max_loras: slots on the device, so distinct adapters in
+    one step. max_cpu_loras: adapters kept in host memory (default: max_loras). lora_dtype: of the
+    pool on the device, "auto" for the model's. target_modules: when given, the only modules
+    (last name part, e.g. "q_proj") that an adapter may touch; others are refused.
+    lora_pool_blocks: rank blocks (of 16) a projection on the device; by default enough for
+    max_loras adapters of max_lora_rank, fewer make room for something else.
+    """
+
+    max_lora_rank: int = 16
+    max_loras: int = 1
+    max_cpu_loras: int | None = None
+    lora_dtype: str = "auto"
+    target_modules: tuple[str, ...] | None = None
+    lora_pool_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        require_int("max_lora_rank", self.max_lora_rank, 1)
+        require_int("max_loras", self.max_loras, 1)
+        if self.max_cpu_loras is None:
+            object.__setattr__(self, "max_cpu_loras", self.max_loras)
+        require_int("max_cpu_loras", self.max_cpu_loras, 1)
+        if self.host_capacity < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras={self.max_cpu_loras} is below max_loras={self.max_loras}: an "
+                f"adapter on the device is also kept on the host; use {self.max_loras} or more"
+            )
+        object.__setattr__(
+            self, "lora_dtype", resolve_dtype(self.lora_dtype, "lora_dtype", auto="auto")
+        )
+        if self.target_modules is not None:
+            if isinstance(self.target_modules, str) or not self.target_modules:
+                raise ValueError(
+                    f"target_modules must be a list of module names, not {self.target_modules!r}"
+                )
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.lora_pool_blocks is not None:
+            require_int("lora_pool_blocks", self.lora_pool_blocks, self.max_blocks)
+
+    @property
+    def host_capacity(self) -> int:
+        """max_cpu_loras with its default filled in."""
+        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def max_blocks(self) -> int:
+        """Rank blocks of one adapter of the largest rank."""
+        return -(-self.max_lora_rank // LORA_BLOCK_RANK)
+
+    @property
+    def pool_blocks(self) -> int:
+        """Rank blocks on the device, for each projection."""
+        return self.lora_pool_blocks or self.max_blocks * self.max_loras
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: `type` and its parameters, as `transformers` names them."""
+
+    type: str
+    theta: float
+    max_position_embeddings: int
+    params: tuple[tuple[str, Any], ...] = ()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A parameter of this rope type, or the default when it is absent or null."""
+        value = dict(self.params).get(name)
+        return default if value is None else value
+
+    @property
+    def length_dependent_from(self) -> int | None:
+        """Sequences longer than this are rotated by frequencies that depend on their length."""
+        if self.type == "dynamic":
+            return self.max_position_embeddings
+        if self.type == "longrope":
+            return int(self.get("original_max_position_embeddings"))
+        return None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: sizes and the flags in which the families differ."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()  # a layer; None: full attention
+    dtype: str = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+
+@dataclass
+class EngineArgs:
+    """Arguments of an engine, named as vLLM names them; see docs/architecture.md for each.
+
+    The sizes left None are chosen when the engine starts: max_model_len by the model,
+    max_num_batched_tokens 2048, block_size 32, the KV cache by the memory that is left
+    (kv_cache_memory_bytes sets it directly, the way of a CPU).
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: Any = "auto"
+    seed: int = 0
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    block_size: int | None = None
+    enable_prefix_caching: bool | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    skip_tokenizer_init: bool = False
+    max_logprobs: int = 20
+    disable_log_stats: bool = False
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
+    lora_dtype: Any = "auto"
+    lora_target_modules: tuple[str, ...] | list[str] | None = None
+    lora_pool_blocks: int | None = None
+    fully_sharded_loras: bool = False
+    quantization: str | None = None
+    kernel_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model must be a folder or a Hub repository, not {self.model!r}")
+        for name in ("quantization", "fully_sharded_loras"):
+            if getattr(self, name):
+                raise NotImplementedError(f"{name}={getattr(self, name)!r} is not supported yet")
+        if self.load_format not in ("auto", "safetensors", "dummy"):
+            raise ValueError(
+                f"load_format={self.load_format!r} is not supported; use auto, safetensors or dummy"
+            )
+        require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        require_int("max_num_seqs", self.max_num_seqs, 1)
+        require_int("max_logprobs", self.max_logprobs, 0)
+        for name in (
+            "max_model_len",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+        ):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 1)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
+            )
+        resolve_dtype(self.dtype, "dtype", auto="auto")
+        if self.enable_lora:
+            self.lora_config()
+
+    def lora_config(self) -> LoRAConfig | None:
+        """The adapter limits, or None when LoRA is off."""
+        if not self.enable_lora:
+            return None
+        modules = self.lora_target_modules
+        return LoRAConfig(
+            max_lora_rank=self.max_lora_rank,
+            max_loras=self.max_loras,
+            max_cpu_loras=self.max_cpu_loras,
+            lora_dtype=self.lora_dtype,
+            target_modules=None if modules is None else tuple(modules),
+            lora_pool_blocks=self.lora_pool_blocks,
+        )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineArgs:
+        """As the constructor, with an error that names every unknown argument."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise TypeError(f"unknown argument {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**options)
+
+
+AsyncEngineArgs = EngineArgs

@@ -1,0 +1,158 @@
+"""The adapter pool on the device, and the writes that fill its rank blocks in place."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora.config import LORA_BLOCK_RANK, LoRAConfig
+from jlora.kernels import SlotTable
+from jlora.manager import BlockWrite, LoRAModelManager
+from jlora.model import AXIS, RowPool
+from jlora.projections import ModuleMap, Projection
+
+STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+def pool_specs(row: Projection) -> RowPool:
+    """How a row's arrays are divided; shaped like a RowPool.
+
+    Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
+    copy B.
+    """
+    out = row.shard == "out"
+    a = PartitionSpec() if out else PartitionSpec(None, None, None, None, AXIS)
+    b = PartitionSpec(None, None, None, AXIS) if out else PartitionSpec()
+    return RowPool(a, b, SlotTable(PartitionSpec(), PartitionSpec(), PartitionSpec()))  # type: ignore[arg-type]
+
+
+def _row_shapes(row: Projection, layers: int, blocks: int, shards: int):
+    a = (layers, blocks, len(row.parts), LORA_BLOCK_RANK, row.d_in)
+    return a, (layers, blocks, LORA_BLOCK_RANK, row.stored_width(shards))
+
+
+def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:
+    """Bytes of the pool on one device."""
+    total = 0
+    for row in modules.projections:
+        a, b = _row_shapes(row, modules.num_layers, config.pool_blocks, shards)
+        divided, copied = (b, a) if row.shard == "out" else (a, b)
+        total += (int(np.prod(divided)) // shards + int(np.prod(copied))) * dtype.itemsize
+    return total
+
+
+class AdapterPool:
+    """The rows of the pool; `rows` is what a step reads."""
+
+    def __init__(
+        self, modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, mesh: Mesh
+    ) -> None:
+        """Allocates the pool, all zero."""
+        self._modules, self._mesh, self._shards = modules, mesh, mesh.shape[AXIS]
+        self._version = -1
+        self._writers: dict[tuple[str, np.dtype], jax.stages.Compiled] = {}
+        self.rows: dict[str, RowPool] = {}
+        self._specs = {row.name: pool_specs(row) for row in modules.projections}
+        for row in modules.projections:
+            shapes = _row_shapes(row, modules.num_layers, config.pool_blocks, self._shards)
+            specs = self._specs[row.name]
+            a, b = (
+                jax.jit(
+                    functools.partial(jnp.zeros, shape, dtype),
+                    out_shardings=NamedSharding(mesh, spec),
+                )()
+                for shape, spec in zip(shapes, (specs.a, specs.b), strict=True)
+            )
+            slots = SlotTable(
+                np.zeros((config.max_loras, config.max_blocks), np.int32),  # type: ignore[arg-type]
+                np.zeros(config.max_loras, np.int32),  # type: ignore[arg-type]
+                np.ones((config.max_loras, config.max_blocks), np.float32),  # type: ignore[arg-type]
+            )
+            slots = jax.device_put(slots, NamedSharding(mesh, PartitionSpec()))
+            self.rows[row.name] = RowPool(a, b, slots)
+
+    def compile(self) -> None:
+        """Compiles the writes, one for each row and dtype in which adapters come."""
+        for row in self._modules.projections:
+            for dtype in STAGING_DTYPES:
+                self._writer(row, dtype)
+
+    def apply(self, manager: LoRAModelManager) -> None:
+        """Writes what the manager says must be written, and takes over its slot tables."""
+        for write in manager.take_writes():
+            self._write(write)
+        if manager.version != self._version:
+            replicated = NamedSharding(self._mesh, PartitionSpec())
+            tables = jax.device_put(
+                {
+                    # Copies: the transfer may read them after the manager has gone on.
+                    name: SlotTable(slots.blocks.copy(), slots.counts.copy(), slots.scales.copy())  # type: ignore[arg-type]
+                    for name, slots in manager.slot_maps.items()
+                },
+                replicated,
+            )
+            self.rows = {
+                name: RowPool(row.a, row.b, tables[name]) for name, row in self.rows.items()
+            }
+            self._version = manager.version
+
+    def _write(self, write: BlockWrite) -> None:
+        row, name = write.projection, write.projection.name
+        arrays = write.arrays(self._shards)
+        a, b, scales = jax.device_put(arrays, self._incoming(row))
+        block = jax.device_put(np.int32(write.block), NamedSharding(self._mesh, PartitionSpec()))
+        pool = self.rows[name]
+        writer = self._writer(row, arrays[0].dtype)
+        a, b = writer(pool.a, pool.b, block, a, b, scales)
+        self.rows[name] = RowPool(a, b, pool.slots)
+
+    def _incoming(self, row: Projection) -> tuple[NamedSharding, ...]:
+        """Shardings of BlockWrite.arrays."""
+        out = row.shard == "out"
+        a = PartitionSpec() if out else PartitionSpec(None, None, None, AXIS)
+        b = PartitionSpec(None, AXIS, None) if out else PartitionSpec()
+        return tuple(NamedSharding(self._mesh, spec) for spec in (a, b, PartitionSpec()))
+
+    def _writer(self, row: Projection, dtype: np.dtype) -> jax.stages.Compiled:
+        key = (row.name, dtype)
+        if key not in self._writers:
+            pool, specs = self.rows[row.name], self._specs[row.name]
+            layers, _, parts, rank, d_in = pool.a.shape
+            shapes = ((layers, parts, rank, d_in), (layers, pool.b.shape[-1], rank))
+            staged = [
+                jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+                for shape, sharding in zip(shapes, self._incoming(row), strict=False)
+            ]
+            replicated = NamedSharding(self._mesh, PartitionSpec())
+            block = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
+            scales = jax.ShapeDtypeStruct((layers, parts), np.float32, sharding=replicated)
+            shardings = tuple(NamedSharding(self._mesh, spec) for spec in (specs.a, specs.b))
+            function = functools.partial(write_block, part_of=self._part_of(row))
+            self._writers[key] = (
+                jax.jit(function, donate_argnums=(0, 1), out_shardings=shardings)
+                .lower(pool.a, pool.b, block, *staged, scales)
+                .compile()
+            )
+        return self._writers[key]
+
+    def _part_of(self, row: Projection) -> np.ndarray:
+        """int32 [stored width]: the part of each stored column."""
+        widths = [part.width for part in row.parts]
+        part_of_column = np.repeat(np.arange(len(widths)), widths)
+        return part_of_column[row.columns(self._shards)].astype(np.int32)
+
+
+def write_block(a, b, block, new_a, new_b, scales, *, part_of: np.ndarray):
+    """a and b with one block replaced; the scale goes into B, in float32 before the cast.
+
+    new_a [layers, parts, rank, d_in], new_b [layers, d_out, rank], scales [layers, parts].
+    """
+    scaled = new_b.astype(jnp.float32) * scales[:, part_of][:, :, None]
+    scaled = jnp.swapaxes(scaled, 1, 2).astype(b.dtype)[:, None]  # [layers, 1, rank, d_out]
+    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype)[:, None], (0, block, 0, 0, 0))
+    return a, jax.lax.dynamic_update_slice(b, scaled, (0, block, 0, 0))

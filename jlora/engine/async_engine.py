@@ -1,0 +1,115 @@
+"""The engine behind an event loop: one thread steps it, coroutines add requests and listen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jlora.config import EngineArgs
+from jlora.engine.llm_engine import LLMEngine
+from jlora.request import LoRARequest, RequestOutput, SamplingParams
+
+
+class AsyncLLMEngine:
+    """LLMEngine's methods, awaitable; `generate` yields a request's outputs as they come."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        """Takes the engine over: nobody else may call it."""
+        self.engine = engine
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jlora-engine")
+        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._stepping: asyncio.Task[None] | None = None
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLMEngine:
+        """vLLM's constructor."""
+        return cls(LLMEngine.from_engine_args(engine_args))
+
+    async def _call(self, function: Callable, *arguments: Any, **options: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: function(*arguments, **options))
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields outputs until the request is finished; leaving the loop early aborts it."""
+        if request_id in self._streams:
+            raise ValueError(f"request {request_id} is running already")
+        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        self._streams[request_id] = stream
+        finished = False
+        try:
+            await self._call(
+                self.engine.add_request,
+                request_id,
+                prompt,
+                sampling_params,
+                lora_request=lora_request,
+            )
+            self._wake()
+            while not finished:
+                output = await stream.get()
+                if isinstance(output, Exception):
+                    raise output
+                finished = output.finished
+                yield output
+        finally:
+            self._streams.pop(request_id, None)
+            if not finished:
+                # Not awaited: a cancelled task could not wait, and the thread works in order.
+                self._thread.submit(self.engine.abort_request, request_id)
+
+    def _wake(self) -> None:
+        if self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._streams and await self._call(self.engine.has_unfinished_requests):
+                for output in await self._call(self.engine.step):
+                    if output.request_id in self._streams:
+                        self._streams[output.request_id].put_nowait(output)
+        except Exception as error:
+            for stream in self._streams.values():
+                stream.put_nowait(error)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets no more outputs than it has."""
+        await self._call(self.engine.abort_request, request_id)
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put_nowait(asyncio.CancelledError(f"request {request_id} was aborted"))  # type: ignore[arg-type]
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """See LLMEngine.add_lora."""
+        return await self._call(self.engine.add_lora, lora_request)
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """See LLMEngine.remove_lora."""
+        return await self._call(self.engine.remove_lora, lora_id)
+
+    async def pin_lora(self, lora_id: int) -> bool:
+        """See LLMEngine.pin_lora."""
+        return await self._call(self.engine.pin_lora, lora_id)
+
+    async def list_loras(self) -> set[int]:
+        """See LLMEngine.list_loras."""
+        return await self._call(self.engine.list_loras)
+
+    async def reset_prefix_cache(self) -> bool:
+        """See LLMEngine.reset_prefix_cache."""
+        return await self._call(self.engine.reset_prefix_cache)
+
+    async def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
+        """See LLMEngine.get_tokenizer."""
+        return self.engine.get_tokenizer(lora_request)
+
+    def shutdown(self) -> None:
+        """Ends the thread when what it does now is done."""
+        self._thread.shutdown()

@@ -1,0 +1,140 @@
+"""From what a user passes to a request that can run; everything wrong is said here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jlora.config import EngineArgs, ModelConfig
+from jlora.engine.detokenizer import Detokenizer
+from jlora.engine.sequence import RequestState
+from jlora.request import (
+    MAX_LOGIT_BIAS,
+    LoRARequest,
+    SamplingParams,
+    parse_prompt,
+)
+
+
+class InputProcessor:
+    """Tokenises and checks requests."""
+
+    def __init__(self, args: EngineArgs, model: ModelConfig) -> None:
+        """Loads the tokeniser (unless skip_tokenizer_init) and the generation defaults."""
+        self._model, self._max_logprobs = model, args.max_logprobs
+        self.tokenizer: Any = None
+        if not args.skip_tokenizer_init:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                args.tokenizer or args.model,
+                revision=args.tokenizer_revision if args.tokenizer else args.revision,
+            )
+        self.generation_defaults = _generation_config(args.model)
+        eos = self.generation_defaults.get("eos_token_id")
+        listed = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        self.eos_ids = frozenset(model.eos_token_ids + listed + (() if own is None else (own,)))
+
+    def process(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams,
+        lora_request: LoRARequest | None,
+        max_model_len: int,
+        add_special_tokens: bool = True,
+    ) -> RequestState:
+        """A request without sequences yet. Raises ValueError that says what is wrong."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        if lora_request is not None and not isinstance(lora_request, LoRARequest):
+            raise ValueError(
+                f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
+            )
+        text, tokens = parse_prompt(prompt)
+        if tokens is None:
+            tokens = self._tokenize(text, add_special_tokens)
+        self._check_tokens(tokens, max_model_len)
+        self._check_params(params)
+        stops = frozenset(params.stop_token_ids or ())
+        room = max_model_len - len(tokens)
+        return RequestState(
+            request_id,
+            text,
+            tokens,
+            dataclasses.replace(params),
+            lora_request,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_ids=stops if params.ignore_eos else stops | self.eos_ids,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+
+    def _tokenize(self, text: str | None, add_special_tokens: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True: pass prompt_token_ids instead of text")
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _check_tokens(self, tokens: list[int], max_model_len: int) -> None:
+        if not tokens:
+            raise ValueError("the prompt has no tokens")
+        vocab = self._model.vocab_size
+        bad = next((token for token in tokens if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary (0 .. {vocab - 1})")
+        if len(tokens) >= max_model_len:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens; with max_model_len={max_model_len} at most "
+                f"{max_model_len - 1} leave room for an answer"
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and asked > self._max_logprobs:
+                raise ValueError(f"{name}={asked} is above max_logprobs={self._max_logprobs}")
+        vocab = self._model.vocab_size
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            bad = next((token for token in ids or () if not 0 <= token < vocab), None)
+            if bad is not None:
+                raise ValueError(f"{name}: token id {bad} is outside 0 .. {vocab - 1}")
+        stops = len(params.stop_token_ids or ()) + len(self.eos_ids) if params.min_tokens else 0
+        if len(params.logit_bias or ()) + stops > MAX_LOGIT_BIAS:
+            raise ValueError(
+                f"logit_bias has {len(params.logit_bias or ())} entries (and min_tokens {stops} "
+                f"stop tokens); at most {MAX_LOGIT_BIAS} are supported"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokeniser, but skip_tokenizer_init=True")
+
+    def detokenizer(self, request: RequestState) -> Detokenizer | None:
+        """A fresh one for an answer to the request; None when no text is wanted."""
+        params = request.params
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(
+            self.tokenizer,
+            request.prompt_token_ids,
+            tuple(params.stop or ()),
+            params.include_stop_str_in_output,
+            params.skip_special_tokens,
+        )
+
+    def default_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        found = {name: self.generation_defaults.get(name) for name in names}
+        return SamplingParams(**{name: value for name, value in found.items() if value is not None})
+
+
+def _generation_config(model: str) -> dict[str, Any]:
+    path: Any = Path(model) / "generation_config.json"
+    if not Path(model).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(model, "generation_config.json")
+    if isinstance(path, (str, Path)) and Path(path).is_file():
+        return json.loads(Path(path).read_text())
+    return {}

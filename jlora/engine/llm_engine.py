@@ -1,0 +1,382 @@
+"""The engine: requests in, steps, outputs out. One thread drives it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jlora import kernels
+from jlora.config import EngineArgs, LoRAConfig, ModelConfig
+from jlora.engine import memory
+from jlora.engine.adapter_pool import AdapterPool, pool_bytes
+from jlora.engine.inputs import InputProcessor
+from jlora.engine.kv_pages import PageAllocator, root_hash
+from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
+from jlora.engine.runner import ModelRunner, RunnerConfig, StepResult
+from jlora.engine.sampler import variant_of
+from jlora.engine.scheduler import Plan, Scheduler
+from jlora.engine.sequence import RequestState, Sequence
+from jlora.errors import AdapterError
+from jlora.kernels import Implementation
+from jlora.manager import LRUCacheWorkerLoRAManager
+from jlora.model import AXIS, load_hf_config, load_model, model_config
+from jlora.projections import ModuleMap, check_shards
+from jlora.request import LoRARequest, RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
+MAX_BATCHED_TOKENS = 2048
+PAGE_SIZE = 32
+
+
+class LLMEngine:
+    """Serves requests, each with its own adapter or none, by continuous batching."""
+
+    def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
+        """Loads the model, allocates everything, and compiles (unless enforce_eager)."""
+        start = time.perf_counter()
+        memory.reserve_fraction(args.gpu_memory_utilization)
+        hf = load_hf_config(args.model, args.revision)
+        model = model_config(hf, args.dtype)
+        check_shards(model, args.tensor_parallel_size)
+        mesh = _mesh(args.tensor_parallel_size)
+        implementation = _implementation(args, model)
+        self.args, self.model_config = args, model
+        self.lora_config = args.lora_config()
+        self.modules = ModuleMap(model)
+        self.inputs = InputProcessor(args, model)
+        seed = args.seed if args.load_format == "dummy" else None
+        weights = load_model(
+            model, args.model, mesh, revision=args.revision, dummy_seed=seed, progress=progress
+        )
+        self.lora: LRUCacheWorkerLoRAManager | None = None
+        pool = None
+        if self.lora_config is not None:
+            self.lora = LRUCacheWorkerLoRAManager(self.modules, self.lora_config)
+            pool = AdapterPool(self.modules, self.lora_config, self._lora_dtype(), mesh)
+        jax.block_until_ready(weights[1])
+        sizes = self._sizes(implementation)
+        self.runner = ModelRunner(weights, model, sizes, mesh, pool)
+        self._log_memory(weights[1], sizes, mesh, pool)
+        caching = args.enable_prefix_caching is not False
+        self.pages = PageAllocator(sizes.num_pages, sizes.page_size, caching)
+        self.scheduler = Scheduler(
+            self.pages,
+            self.lora,
+            args.max_num_seqs,
+            sizes.max_num_batched_tokens,
+            sizes.max_model_len,
+        )
+        self._requests: dict[str, RequestState] = {}
+        self._in_flight: StepResult | None = None
+        self._seeds = np.random.default_rng(args.seed)
+        if not args.enforce_eager:
+            self.warm_up(progress)
+        logger.info("ready in %.1f s", time.perf_counter() - start)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, *, progress: bool = False) -> LLMEngine:
+        """vLLM's constructor."""
+        return cls(engine_args, progress=progress)
+
+    # -- construction ----------------------------------------------------------------------
+
+    def _sizes(self, implementation: Implementation) -> RunnerConfig:
+        args, model = self.args, self.model_config
+        page_size = args.block_size or PAGE_SIZE
+        max_model_len = args.max_model_len or model.max_position_embeddings
+        if max_model_len > model.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len={max_model_len} is above the model's max_position_embeddings="
+                f"{model.max_position_embeddings}"
+            )
+        max_tokens = args.max_num_batched_tokens or max(MAX_BATCHED_TOKENS, args.max_num_seqs)
+        if max_tokens < args.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={max_tokens} is below max_num_seqs={args.max_num_seqs}: "
+                "every running sequence needs a token a step"
+            )
+        shards = args.tensor_parallel_size
+        pages = memory.num_kv_pages(
+            args, model, page_size, max_model_len, max_tokens, shards, implementation
+        )
+        return RunnerConfig(
+            args.max_num_seqs,
+            max_tokens,
+            max_model_len,
+            page_size,
+            pages,
+            args.max_logprobs,
+            implementation,
+        )
+
+    def _lora_dtype(self) -> jnp.dtype:
+        assert self.lora_config is not None  # only called with LoRA on
+        name = self.lora_config.lora_dtype
+        return jnp.dtype(self.model_config.dtype if name == "auto" else name)
+
+    def _log_memory(self, params: Any, sizes: RunnerConfig, mesh: Mesh, pool: Any) -> None:
+        shards = mesh.shape[AXIS]
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / shards
+        adapters = 0
+        if pool is not None and self.lora_config is not None:
+            adapters = pool_bytes(self.modules, self.lora_config, self._lora_dtype(), shards)
+        kv = self.runner.kv.nbytes / shards
+        logger.info(
+            "memory a device: weights %.1f MB, adapters %.1f MB (%s), KV cache %.1f MB "
+            "(%d pages of %d tokens)",
+            weights / 1e6,
+            adapters / 1e6,
+            _pool_text(self.lora_config),
+            kv / 1e6,
+            sizes.num_pages,
+            sizes.page_size,
+        )
+
+    def warm_up(self, progress: bool = False) -> None:
+        """Compiles every executable, then runs one step with an adapter in every slot."""
+        self.runner.warm_up(progress)
+        if self.lora is None or self.runner.pool is None:
+            return
+        with self.lora.maybe_select_dummy_loras(self.lora_config):
+            self.runner.pool.apply(self.lora.manager)
+        self.runner.pool.apply(self.lora.manager)
+        jax.block_until_ready(self.runner.pool.rows)
+
+    # -- requests --------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokeniser, None with skip_tokenizer_init."""
+        return self.inputs.tokenizer
+
+    def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
+        """The tokeniser of the base model (adapters have none of their own yet)."""
+        return self.inputs.tokenizer
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        arrival_time: float | None = None,
+        lora_request: LoRARequest | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> None:
+        """Queues a request. Raises ValueError (AdapterError) and changes nothing if it is bad."""
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id must be a string, not {request_id!r}")
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id} is running already")
+        request = self.inputs.process(
+            request_id,
+            prompt,
+            params if params is not None else SamplingParams(),
+            lora_request,
+            self.runner.config.max_model_len,
+            add_special_tokens,
+        )
+        if arrival_time is not None:
+            request.metrics.arrival_time = arrival_time
+        root = self._root(request)
+        for index in range(request.params.n):
+            sequence = self._sequence(request, index, root)
+            request.sequences.append(sequence)
+            self.scheduler.add(sequence)
+        self._requests[request_id] = request
+
+    def _root(self, request: RequestState) -> bytes:
+        adapter, lora_request = "", request.lora_request
+        if lora_request is not None:
+            if self.lora is None:
+                raise ValueError(
+                    f"request {request.request_id} names adapter {lora_request.lora_name!r}, but "
+                    "the engine was made without enable_lora=True"
+                )
+            adapter = self.lora.check(lora_request)
+        limit = self.model_config.rope.length_dependent_from
+        length = len(request.prompt_token_ids)
+        return root_hash(adapter, length if limit is not None and length > limit else 0)
+
+    def _sequence(self, request: RequestState, index: int, root: bytes) -> Sequence:
+        seed = request.params.seed
+        if seed is None:
+            seed = int(self._seeds.integers(2**31))
+        mixed = int(np.random.SeedSequence((abs(seed), seed < 0, index)).generate_state(1)[0] >> 1)
+        tokens = list(request.prompt_token_ids)
+        return Sequence(
+            request, index, mixed, tokens, len(tokens), root, self.inputs.detokenizer(request)
+        )
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests at once; unknown ids are passed over, as they may have just finished."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        for one in ids:
+            request = self._requests.pop(one, None)
+            for sequence in request.sequences if request is not None else ():
+                if not sequence.finished:
+                    self._finish(sequence, "abort")
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._requests)
+
+    def get_num_unfinished_requests(self) -> int:
+        """Requests that wait or run."""
+        return len(self._requests)
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step, then reads the one before: the device never waits.
+
+        Returns what is new of the requests in the step that was read.
+        """
+        changed: dict[str, RequestState] = {}
+        plan = self.scheduler.schedule(in_flight=self._in_flight is not None)
+        if plan is None:  # something must be preempted, and its last token is on the way
+            self._collect(changed)
+            plan = self.scheduler.schedule(in_flight=False)
+            assert plan is not None  # nothing is in flight
+        result = self._dispatch(plan) if plan.entries else None
+        self._collect(changed)
+        self._in_flight = result
+        for sequence in self.scheduler.failed:
+            changed[sequence.request.request_id] = sequence.request
+        self.scheduler.failed.clear()
+        return self._report(changed)
+
+    def _dispatch(self, plan: Plan) -> StepResult:
+        if self.lora is not None and self.runner.pool is not None:
+            self.runner.pool.apply(self.lora.manager)
+        variants = {variant_of(entry.sequence.request.params) for entry in plan.entries}
+        variant = next(one for one in ("full", "random", "greedy") if one in variants)
+        wanted = any(
+            entry.sequence.request.params.prompt_logprobs is not None
+            and entry.start < entry.sequence.num_prompt
+            for entry in plan.entries
+        )
+        return self.runner.dispatch(plan, variant, wanted)  # type: ignore[arg-type]
+
+    def _collect(self, changed: dict[str, RequestState]) -> None:
+        """Reads the step in flight and gives its tokens to their sequences."""
+        result, self._in_flight = self._in_flight, None
+        if result is None:
+            return
+        tokens, logprobs, prompt_logprobs = result.read()
+        first = 0
+        for index, entry in enumerate(result.entries):
+            sequence = entry.sequence
+            if not sequence.finished:
+                if prompt_logprobs is not None:
+                    record_prompt_logprobs(entry, prompt_logprobs, first, self.inputs.tokenizer)
+                if entry.sample:
+                    sequence.in_flight -= 1
+                    self._append(sequence, int(tokens[index]), logprobs, index)
+                changed[sequence.request.request_id] = sequence.request
+            first += entry.count
+
+    def _append(self, sequence: Sequence, token: int, logprobs: Any, index: int) -> None:
+        reason = record_token(
+            sequence, token, logprobs, index, self.inputs.tokenizer, self.runner.config.max_model_len
+        )
+        if reason is None:
+            self.scheduler.register_pages(sequence)
+        else:
+            self._finish(sequence, *reason)
+
+    def _finish(
+        self, sequence: Sequence, reason: str, stop_reason: int | str | None = None
+    ) -> None:
+        sequence.finish(reason, stop_reason)
+        self.scheduler.register_pages(sequence)
+        self.scheduler.remove(sequence)
+
+    def _report(self, changed: dict[str, RequestState]) -> list[RequestOutput]:
+        outputs = []
+        for request_id, request in changed.items():
+            if request_id not in self._requests:
+                continue  # aborted
+            output = request_output(request)
+            if output is not None:
+                outputs.append(output)
+            if request.finished:
+                del self._requests[request_id]
+        return outputs
+
+    # -- adapters --------------------------------------------------------------------------
+
+    def _manager(self) -> LRUCacheWorkerLoRAManager:
+        if self.lora is None:
+            raise ValueError("the engine was made without enable_lora=True")
+        return self.lora
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Loads an adapter before it is asked for; False when it was there already."""
+        return self._manager().add_adapter(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forgets an adapter; False when it is unknown. AdapterInUseError while requests run."""
+        waiting = sum(
+            sequence.request.lora_request is not None
+            and sequence.request.lora_request.lora_int_id == lora_id
+            for sequence in self.scheduler.waiting
+        )
+        if waiting:
+            raise AdapterError(
+                f"adapter {lora_id} is wanted by {waiting} waiting sequences; remove it when they "
+                "have finished, or abort them"
+            )
+        return self._manager().remove_adapter(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keeps a loaded adapter in its slot until it is removed."""
+        return self._manager().pin_adapter(lora_id)
+
+    def list_loras(self) -> set[int]:
+        """Ids of the adapters in host memory."""
+        return self._manager().list_adapters()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix."""
+        self.pages.reset()
+        return True
+
+
+def _mesh(shards: int) -> Mesh:
+    devices = jax.devices()
+    if shards > len(devices):
+        raise ValueError(
+            f"tensor_parallel_size={shards}, but {len(devices)} {devices[0].platform} devices are "
+            "visible"
+        )
+    return jax.make_mesh((shards,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:shards])
+
+
+def _implementation(args: EngineArgs, model: ModelConfig) -> Implementation:
+    name = args.kernel_implementation
+    if name is None:
+        return kernels.default_implementation()
+    if name not in kernels.IMPLEMENTATIONS:
+        raise ValueError(
+            f"kernel_implementation={name!r} must be one of {', '.join(kernels.IMPLEMENTATIONS)}"
+        )
+    return name
+
+
+def _pool_text(config: LoRAConfig | None) -> str:
+    if config is None:
+        return "LoRA off"
+    return (
+        f"{config.max_loras} slots, {config.pool_blocks} rank blocks a projection, "
+        f"{config.host_capacity} on the host"
+    )
+
+

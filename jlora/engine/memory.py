@@ -1,0 +1,93 @@
+"""How much of the device's memory the KV cache gets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from jlora import kernels
+from jlora.config import EngineArgs, ModelConfig
+from jlora.kernels import Implementation
+
+logger = logging.getLogger(__name__)
+CPU_KV_BYTES = 1 << 30  # a CPU has no memory of its own to fill
+MARGIN_BYTES = 256 << 20  # for what the compiler and the allocator need besides
+
+
+def reserve_fraction(fraction: float) -> None:
+    """Tells JAX how much of a GPU to take; warns when it has taken its share already."""
+    from jax._src import xla_bridge  # nothing public tells
+
+    if xla_bridge.backends_are_initialized():
+        if jax.default_backend() == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+            warnings.warn(
+                "JAX is running already, so gpu_memory_utilization cannot set its memory; sizes "
+                "come from the limit that it has",
+                stacklevel=3,
+            )
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.3f}")
+
+
+def page_bytes(model: ModelConfig, page_size: int, shards: int, implementation: Implementation) -> int:
+    """Bytes of one page over all layers, on one device."""
+    shape = kernels.kv_page_shape(
+        page_size,
+        max(model.num_kv_heads // shards, 1),
+        model.head_dim,
+        jnp.dtype(model.dtype),
+        implementation=implementation,
+    )
+    size, heads, head_dim = shape
+    return size * heads * head_dim * jnp.dtype(model.dtype).itemsize * model.num_layers
+
+
+def step_bytes(model: ModelConfig, tokens: int, seqs: int, shards: int) -> int:
+    """An upper estimate of a step's temporaries: the widest activations, and logits to sort."""
+    itemsize = jnp.dtype(model.dtype).itemsize
+    widest = 4 * model.intermediate_size // shards + 6 * model.hidden_size
+    return tokens * widest * itemsize + 6 * seqs * model.vocab_size * 4 + MARGIN_BYTES
+
+
+def num_kv_pages(
+    args: EngineArgs,
+    model: ModelConfig,
+    page_size: int,
+    max_model_len: int,
+    max_tokens: int,
+    shards: int,
+    implementation: Implementation,
+) -> int:
+    """Pages that fit; at most what max_num_seqs sequences of max_model_len could ever use.
+
+    Raises ValueError when not even one sequence of max_model_len fits.
+    """
+    each = page_bytes(model, page_size, shards, implementation)
+    per_sequence = -(-max_model_len // page_size)
+    useful = per_sequence * args.max_num_seqs
+    if args.num_gpu_blocks_override is not None:
+        pages = args.num_gpu_blocks_override
+    else:
+        pages = min(_budget(args, model, max_tokens, shards) // each, useful)
+    if pages < per_sequence:
+        raise ValueError(
+            f"the KV cache has room for {pages * page_size} tokens ({pages * each / 1e6:.0f} MB), "
+            f"fewer than max_model_len={max_model_len}; lower max_model_len or raise "
+            "kv_cache_memory_bytes or gpu_memory_utilization"
+        )
+    return pages
+
+
+def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int) -> int:
+    if args.kv_cache_memory_bytes is not None:
+        return args.kv_cache_memory_bytes
+    stats = jax.devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return CPU_KV_BYTES
+    seqs = min(args.max_num_seqs, max_tokens)
+    left = stats["bytes_limit"] - stats["bytes_in_use"]
+    return max(left - step_bytes(model, max_tokens, seqs, shards), 0)

@@ -1,0 +1,313 @@
+"""The device side of a step: the jitted functions, what they are compiled for, dispatch and read.
+
+A step is `forward` (tokens to the hidden states that are sampled from) and `sample` (hidden states
+to tokens). They are compiled apart, since a forward is compiled for each token bucket with and
+without adapters, a sampler for each sequence bucket and variant: the sum of both, not the product.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jlora import kernels
+from jlora.config import ModelConfig
+from jlora.engine.adapter_pool import AdapterPool, pool_specs
+from jlora.engine.sampler import VARIANTS, TokenLogprobs, Variant, sample, token_logprobs
+from jlora.engine.scheduler import Entry, Plan
+from jlora.engine.state import (
+    ADMIT_ROWS,
+    KV_LEN,
+    PAGES,
+    ROW,
+    SAMPLE,
+    SeqState,
+    TokenView,
+    admission,
+    admit,
+    empty_state,
+    pack_batch,
+    token_view,
+)
+from jlora.kernels import Implementation
+from jlora.model import AXIS, RowPool, StepContext, rope_cos_sin
+from jlora.projections import ModuleMap
+
+logger = logging.getLogger(__name__)
+LOGPROB_CHUNK = 64  # prompt tokens whose logits exist at once
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """The sizes that the compiled functions depend on."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    max_logprobs: int
+    implementation: Implementation
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def token_buckets(self) -> list[int]:
+        """Token counts that steps are padded to: powers of two from 8, and the largest."""
+        powers = itertools.takewhile(
+            lambda size: size < self.max_num_batched_tokens, (2**n for n in itertools.count(3))
+        )
+        return [*powers, self.max_num_batched_tokens]
+
+    def seq_bucket(self, tokens: int) -> int:
+        """Sequences that a step of so many tokens is padded to."""
+        return min(tokens, self.max_num_seqs)
+
+    @property
+    def history(self) -> int:
+        """Columns of SeqState.tokens: every position, and one past the last."""
+        return self.max_model_len + 1
+
+
+@dataclass
+class StepResult:
+    """A dispatched step: its entries, and arrays that the device may still be computing."""
+
+    entries: list[Entry]
+    tokens: jax.Array | None
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: TokenLogprobs | None
+
+    def read(self) -> tuple[np.ndarray, TokenLogprobs | None, TokenLogprobs | None]:
+        """Waits for the device: tokens [seqs], and the log-probabilities where asked for."""
+        return jax.device_get((self.tokens, self.logprobs, self.prompt_logprobs))
+
+
+class ModelRunner:
+    """Owns weights, adapter pool, KV cache and sequence state; applies what the host decides."""
+
+    def __init__(
+        self,
+        model: tuple[nnx.GraphDef, nnx.State, nnx.State],
+        model_config: ModelConfig,
+        config: RunnerConfig,
+        mesh: Mesh,
+        pool: AdapterPool | None,
+    ) -> None:
+        """model: graph, weights and their specs, as load_model gives them."""
+        self.graph, self.params, self._param_specs = model
+        self.model_config, self.config, self.mesh, self.pool = model_config, config, mesh, pool
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        shards = mesh.shape[AXIS]
+        self._kv_spec = PartitionSpec(None, None, AXIS, None)
+        self.kv = jax.jit(
+            functools.partial(
+                jnp.zeros, kv_shape(model_config, config, shards), jnp.dtype(model_config.dtype)
+            ),
+            out_shardings=NamedSharding(mesh, self._kv_spec),
+        )()
+        state = empty_state(config.max_num_seqs, config.history)
+        self.state: SeqState = jax.device_put(state, self._replicated)
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self._specs_of_pool = {
+            row.name: pool_specs(row) for row in ModuleMap(model_config).projections
+        }
+
+    # -- the jitted functions --------------------------------------------------------------
+
+    def _forward(self, params, pool, kv, state: SeqState, batch, *, tokens: int):
+        """-> kv, hidden [seqs, hidden] of each sequence's last token, hidden of every token."""
+        config, model = self.config, nnx.merge(self.graph, params)
+        view = token_view(state, batch, tokens, config.page_size)
+        hidden, kv = model(view.tokens, kv, self._context(view, batch, pool))
+        last = jnp.maximum(view.cu_q_lens[1:] - 1, 0)
+        return kv, hidden[last], hidden
+
+    def _context(self, view: TokenView, batch, pool: dict[str, RowPool] | None) -> StepContext:
+        config, model = self.config, self.model_config
+        cos, sin = rope_cos_sin(model.rope, model.head_dim, view.positions, view.rope_lengths)
+        routing = None
+        if pool is not None:
+            routing = kernels.lora_routing(view.slots, implementation=config.implementation)
+        return StepContext(
+            cos=cos,
+            sin=sin,
+            destinations=view.destinations,
+            kv_lens=batch[:, KV_LEN],
+            page_indices=batch[:, PAGES:],
+            cu_q_lens=view.cu_q_lens,
+            num_seqs=view.num_seqs,
+            pages_per_layer=config.num_pages,
+            implementation=config.implementation,
+            routing=routing,
+            pool=pool,
+        )
+
+    def _sample(self, params, hidden, state: SeqState, batch, *, variant: Variant):
+        """-> state with the new tokens in the histories, tokens [seqs], log-probabilities."""
+        logits = nnx.merge(self.graph, params).logits(hidden)
+        tokens, logprobs = sample(logits, state, batch, variant, self.config.max_logprobs)
+        rows = jnp.where(batch[:, SAMPLE] > 0, batch[:, ROW], self.config.max_num_seqs)
+        history = state.tokens.at[rows, batch[:, KV_LEN]].set(tokens, mode="drop")
+        fields = {**vars(state), "tokens": history}
+        return SeqState(**fields), tokens, logprobs
+
+    def _prompt_logprobs(self, params, hidden, state: SeqState, batch):
+        """The log-probability of what follows each token of the step."""
+        model, tokens = nnx.merge(self.graph, params), hidden.shape[0]
+        view = token_view(state, batch, tokens, self.config.page_size)
+        chunk = min(LOGPROB_CHUNK, tokens)
+        padding = -tokens % chunk
+        hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+        targets = jnp.pad(view.next_tokens, (0, padding)).reshape(-1, chunk)
+
+        def one(inputs):
+            return token_logprobs(model.logits(inputs[0]), inputs[1], self.config.max_logprobs)
+
+        chunks = jax.lax.map(one, (hidden, targets))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], chunks)
+
+    # -- compiling -------------------------------------------------------------------------
+
+    def _specs(self, lora: bool):
+        everywhere = PartitionSpec()
+        pool = self._specs_of_pool if lora else None
+        return self._param_specs, pool, self._kv_spec, everywhere, everywhere
+
+    def _sharded(self, function: Callable, in_specs, out_specs) -> Callable:
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+    def _compile(self, key: tuple) -> jax.stages.Compiled:
+        """key: ("forward", tokens, lora), ("sample", seqs, variant), ("prompt", tokens) or admit."""
+        params, state, kv, dtype = self.params, self.state, self.kv, self.model_config.dtype
+        everywhere, width = PartitionSpec(), self.model_config.hidden_size
+        param_specs = self._param_specs
+
+        def batch(seqs: int) -> jax.ShapeDtypeStruct:
+            return self._array((seqs, PAGES + self.config.max_pages), np.int32)
+
+        match key:
+            case ("forward", tokens, lora):
+                function = functools.partial(self._forward, tokens=tokens)
+                specs = self._specs(lora)
+                mapped = self._sharded(function, specs, (self._kv_spec, everywhere, everywhere))
+                pool = self.pool.rows if lora and self.pool is not None else None
+                arguments = (params, pool, kv, state, batch(self.config.seq_bucket(tokens)))
+                lowered = jax.jit(mapped, donate_argnums=(2,)).lower(*arguments)
+            case ("sample", seqs, variant):
+                function = functools.partial(self._sample, variant=variant)
+                specs = (param_specs, everywhere, everywhere, everywhere)
+                mapped = self._sharded(function, specs, everywhere)
+                arguments = (params, self._array((seqs, width), dtype), state, batch(seqs))
+                lowered = jax.jit(mapped, donate_argnums=(2,)).lower(*arguments)
+            case ("prompt", tokens):
+                specs = (param_specs, everywhere, everywhere, everywhere)
+                mapped = self._sharded(self._prompt_logprobs, specs, everywhere)
+                rows = batch(self.config.seq_bucket(tokens))
+                arguments = (params, self._array((tokens, width), dtype), state, rows)
+                lowered = jax.jit(mapped).lower(*arguments)
+            case _:
+                new, at = admission([], self.config.max_num_seqs, self.config.history)
+                small = jax.tree.map(lambda x: self._array(x.shape, x.dtype), new)
+                lowered = jax.jit(admit, donate_argnums=(0,), out_shardings=self._replicated).lower(
+                    state, small, self._array(at.shape, at.dtype)
+                )
+        return lowered.compile()
+
+    def executables(self) -> list[tuple]:
+        """Everything that serving can need compiled."""
+        tokens = self.config.token_buckets
+        seqs = sorted({self.config.seq_bucket(count) for count in tokens})
+        lora = (False, True) if self.pool is not None else (False,)
+        return [
+            ("admit",),
+            *(("forward", count, on) for count in reversed(tokens) for on in lora),
+            *(("sample", count, variant) for count in seqs for variant in VARIANTS),
+            *(("prompt", count) for count in tokens),
+        ]
+
+    def warm_up(self, progress: bool = True, threads: int = 4) -> None:
+        """Compiles every executable, several at a time."""
+        start, keys = time.perf_counter(), self.executables()
+        if self.pool is not None:
+            self.pool.compile()
+        with ThreadPoolExecutor(threads) as executor:
+            compiled: Iterable = executor.map(self._compile, keys)
+            bar = tqdm(compiled, desc="compiling", total=len(keys), disable=not progress, leave=False)
+            self._compiled.update(zip(keys, bar, strict=True))
+        logger.info("compiled %d executables in %.1f s", len(keys), time.perf_counter() - start)
+
+    def compiled(self, *key) -> jax.stages.Compiled:
+        """The executable for a key of `executables`, compiled now when warm-up was skipped."""
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = self._compile(key)
+            logger.info("compiled %s in %.1f s", key, time.perf_counter() - start)
+        return self._compiled[key]
+
+    # -- running ---------------------------------------------------------------------------
+
+    def _put(self, value):
+        return jax.device_put(value, self._replicated)
+
+    def dispatch(self, plan: Plan, variant: Variant, prompt_logprobs: bool) -> StepResult:
+        """Starts a step and returns at once; reading its result waits.
+
+        prompt_logprobs: whether some sequence wants those of this step's prompt tokens.
+        """
+        config = self.config
+        for start in range(0, len(plan.admitted), ADMIT_ROWS):
+            admitted = plan.admitted[start : start + ADMIT_ROWS]
+            new, at = admission(admitted, config.max_num_seqs, config.history)
+            self.state = self.compiled("admit")(self.state, *self._put((new, at)))
+        tokens = next(size for size in config.token_buckets if size >= plan.num_tokens)
+        seqs = config.seq_bucket(tokens)
+        batch = self._put(pack_batch(plan, seqs, config.max_pages))
+        lora = self.pool is not None and any(entry.sequence.slot >= 0 for entry in plan.entries)
+        pool = self.pool.rows if lora and self.pool is not None else None
+        forward = self.compiled("forward", tokens, lora)
+        self.kv, last, hidden = forward(self.params, pool, self.kv, self.state, batch)
+        prompt = None
+        if prompt_logprobs:
+            prompt = self.compiled("prompt", tokens)(self.params, hidden, self.state, batch)
+        sampled, logprobs = None, None
+        if any(entry.sample for entry in plan.entries):
+            sampler = self.compiled("sample", seqs, variant)
+            self.state, sampled, logprobs = sampler(self.params, last, self.state, batch)
+        for array in jax.tree.leaves((sampled, logprobs, prompt)):
+            array.copy_to_host_async()
+        return StepResult(plan.entries, sampled, logprobs, prompt)
+
+
+def kv_shape(model: ModelConfig, config: RunnerConfig, shards: int) -> tuple[int, ...]:
+    """Shape of the KV cache over all devices: [layers x pages, page_size, 2 x heads, head_dim]."""
+    local_heads = max(model.num_kv_heads // shards, 1)
+    page_size, heads, head_dim = kernels.kv_page_shape(
+        config.page_size,
+        local_heads,
+        model.head_dim,
+        jnp.dtype(model.dtype),
+        implementation=config.implementation,
+    )
+    return model.num_layers * config.num_pages, page_size, heads * shards, head_dim

@@ -1,0 +1,228 @@
+"""Which tokens run in the next step: continuous batching, chunked prefill, preemption."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from jlora.engine.kv_pages import PageAllocator, page_hash
+from jlora.engine.sequence import Sequence, Status
+from jlora.errors import AdapterError
+from jlora.manager import WorkerLoRAManager
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sequence's share of a step: positions `start : start + count`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass
+class Plan:
+    """One step. admitted: sequences whose rows must be filled first."""
+
+    entries: list[Entry]
+    admitted: list[Sequence]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return sum(entry.count for entry in self.entries)
+
+
+class Scheduler:
+    """Sequences that wait and run. First come, first served; the last to come is preempted."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        lora: WorkerLoRAManager | None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        """lora: gives slots to the sequences that start to run."""
+        self.pages, self.lora = pages, lora
+        self.max_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self.failed: list[Sequence] = []  # finished here with an error, to be reported
+        self.num_preemptions = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self.waiting and not self.running
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence waits for its turn."""
+        self.waiting.append(sequence)
+
+    def schedule(self, in_flight: bool) -> Plan | None:
+        """The next step, or None when the one in flight must be collected first.
+
+        in_flight: a step is dispatched and not collected, so nothing can be preempted. A plan
+        may be empty.
+        """
+        if in_flight and self._pages_wanted() > self.pages.num_free:
+            return None
+        plan, budget, preemptions = Plan([], []), self.max_tokens, self.num_preemptions
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            count = min(self._runnable(sequence), budget)
+            if count > 0:
+                if not self._make_room(sequence, count):
+                    continue  # it was itself the last one, and is preempted
+                budget -= self._enter(plan, sequence, count)
+            index += 1
+        if budget > 0 and self.num_preemptions == preemptions:  # else they would come right back
+            self._admit(plan, budget)
+        for entry in plan.entries:
+            if entry.sequence.slot >= 0 and self.lora is not None:
+                self.lora.manager.touch(entry.sequence.request.lora_request.lora_int_id)  # type: ignore[union-attr]
+        plan.entries.sort(key=lambda entry: entry.sequence.slot)  # fewer tiles in the kernels
+        return plan
+
+    def _runnable(self, sequence: Sequence) -> int:
+        """Tokens that could run now; 0 for a sequence that only waits for its last token."""
+        enough = sequence.num_output >= sequence.request.max_tokens
+        if sequence.in_flight and (enough or sequence.length >= self.max_model_len):
+            return 0
+        return sequence.length - sequence.num_computed
+
+    def _new_pages(self, sequence: Sequence, count: int) -> int:
+        size = self.pages.page_size
+        return -(-(sequence.num_computed + count) // size) - len(sequence.pages)
+
+    def _pages_wanted(self) -> int:
+        budget, wanted = self.max_tokens, 0
+        for sequence in self.running:
+            count = min(self._runnable(sequence), budget)
+            budget -= count
+            wanted += max(self._new_pages(sequence, count), 0) if count else 0
+        return wanted
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Preempts from the end until the sequence has its pages; False when it went itself."""
+        while (need := self._new_pages(sequence, count)) > self.pages.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if need > 0:
+            sequence.pages += self.pages.allocate(need)
+        return True
+
+    def _enter(self, plan: Plan, sequence: Sequence, count: int) -> int:
+        sample = sequence.num_computed + count == sequence.length
+        plan.entries.append(Entry(sequence, sequence.num_computed, count, sample))
+        sequence.num_computed += count
+        sequence.in_flight += sample
+        self.register_pages(sequence)
+        return count
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        """Starts waiting sequences in order; one whose adapter has no slot lets others pass."""
+        passed: list[Sequence] = []
+        while self.waiting and budget > 0 and self._free_rows:
+            sequence = self.waiting.popleft()
+            if not self._acquire_slot(sequence):
+                if not sequence.finished:
+                    passed.append(sequence)
+                continue
+            count = self._start(sequence, budget)
+            if count == 0:  # no pages: nobody behind it may take them
+                self._release_slot(sequence)
+                self.waiting.appendleft(sequence)
+                break
+            self.running.append(sequence)
+            plan.admitted.append(sequence)
+            budget -= self._enter(plan, sequence, count)
+        self.waiting.extendleft(reversed(passed))
+        if self.waiting and not self.running and not plan.entries:
+            self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
+
+    def _acquire_slot(self, sequence: Sequence) -> bool:
+        request = sequence.request.lora_request
+        if request is None or self.lora is None:
+            return True
+        try:
+            slot = self.lora.acquire(request)
+        except AdapterError as error:
+            self._fail(sequence, str(error))
+            return False
+        if slot is None:
+            return False
+        sequence.slot = slot
+        return True
+
+    def _release_slot(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0 and self.lora is not None:
+            self.lora.manager.release(sequence.request.lora_request.lora_int_id)  # type: ignore[union-attr]
+        sequence.slot = -1
+
+    def _start(self, sequence: Sequence, budget: int) -> int:
+        """Gives a waiting sequence pages and a row; returns its first tokens, 0 for no room."""
+        size, total = self.pages.page_size, len(sequence.tokens)
+        limit = 0 if sequence.request.params.prompt_logprobs is not None else total - 1
+        known, hashes = self.pages.find(sequence.root, sequence.tokens, limit)
+        count = min(total - len(known) * size, budget)
+        need = -(-(len(known) * size + count) // size) - len(known)
+        if need > self.pages.num_free_without(known):
+            return 0
+        self.pages.take(known)
+        sequence.pages = known + self.pages.allocate(need)
+        sequence.hashes, sequence.num_computed = hashes, len(known) * size
+        sequence.row, sequence.status = self._free_rows.pop(), Status.RUNNING
+        request = sequence.request
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = sequence.num_computed
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = time.time()
+        return count
+
+    def register_pages(self, sequence: Sequence) -> None:
+        """Makes the sequence's full pages of known tokens findable."""
+        size = self.pages.page_size
+        full = min(sequence.num_computed, len(sequence.tokens)) // size
+        for index in range(len(sequence.hashes), min(full, len(sequence.pages))):
+            parent = sequence.hashes[-1] if sequence.hashes else sequence.root
+            name = page_hash(parent, sequence.tokens[index * size : (index + 1) * size])
+            sequence.hashes.append(name)
+            self.pages.register(sequence.pages[index], name)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.status, sequence.num_computed, sequence.hashes = Status.WAITING, 0, []
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+        logger.debug("preempted %s: no free KV pages", sequence.request.request_id)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pages.release(sequence.pages)
+        self._free_rows.append(sequence.row)
+        self._release_slot(sequence)
+        sequence.pages, sequence.row = [], -1
+
+    def _fail(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish("abort", reason)
+        self.failed.append(sequence)
+        logger.error("request %s failed: %s", sequence.request.request_id, reason)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Frees everything of a sequence that has finished."""
+        if sequence in self.running:
+            self._leave(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)

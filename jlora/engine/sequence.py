@@ -1,0 +1,107 @@
+"""One answer in the making, and the request it belongs to."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from jlora.engine.detokenizer import Detokenizer
+from jlora.request import (
+    Logprob,
+    Logprobs,
+    LoRARequest,
+    RequestMetrics,
+    SamplingParams,
+)
+
+
+class Status(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The tokens of one answer, and what of the device they hold.
+
+    tokens: prompt and known output. num_computed: positions whose KV is written by the steps
+    dispatched so far. in_flight: sampled tokens that the host has not read yet.
+    """
+
+    request: RequestState
+    index: int
+    seed: int
+    tokens: list[int]
+    num_prompt: int
+    root: bytes
+    detokenizer: Detokenizer | None
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    in_flight: int = 0
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    row: int = -1
+    slot: int = -1
+    logprobs: Logprobs = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    reported: int = 0  # tokens in the last delta
+    reported_text: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens, those in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def output_tokens(self) -> list[int]:
+        """Known tokens of the answer."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the answer, those in flight included."""
+        return self.length - self.num_prompt
+
+    @property
+    def text(self) -> str:
+        """The answer's text so far."""
+        return "" if self.detokenizer is None else self.detokenizer.text
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete."""
+        return self.status is Status.FINISHED
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """Marks the answer complete: "stop", "length" or "abort"."""
+        self.status, self.finish_reason, self.stop_reason = Status.FINISHED, reason, stop_reason
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request and its n sequences."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    lora_request: LoRARequest | None
+    max_tokens: int
+    stop_ids: frozenset[int]
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int | None = None
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.time()))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer is complete."""
+        return all(sequence.finished for sequence in self.sequences)

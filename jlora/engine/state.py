@@ -1,0 +1,152 @@
+"""What the device keeps of every running sequence, and the one array a step is told by.
+
+A sequence that runs has a row. `tokens` holds its whole history: the prompt is written when it is
+admitted, sampled tokens by the step that draws them, so the next step finds its input on the
+device and nobody waits for the host. Positions and counts follow from the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jlora import kernels
+from jlora.engine.scheduler import Plan
+from jlora.engine.sequence import Sequence
+from jlora.request import MAX_LOGIT_BIAS
+
+# Columns of SeqState.ints and .floats.
+PROMPT_LEN, SEED, TOP_K, NUM_BIAS = range(4)
+TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
+# Columns of the batch; the pages follow.
+ROW, Q_LEN, KV_LEN, SLOT, SAMPLE = range(5)
+PAGES = 5
+ADMIT_ROWS = 8  # sequences one call of `admit` takes
+FOREVER = 2**31 - 1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "ints", "floats", "bias_ids", "bias_values", "bias_until"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class SeqState:
+    """A row for each sequence that can run.
+
+    bias_values are added to the logits of bias_ids while fewer than bias_until tokens are drawn;
+    the first ints[:, NUM_BIAS] entries count.
+    """
+
+    tokens: Int[Array, "rows history"]
+    ints: Int[Array, "rows 4"]
+    floats: Float[Array, "rows 6"]
+    bias_ids: Int[Array, "rows bias"]
+    bias_values: Float[Array, "rows bias"]
+    bias_until: Int[Array, "rows bias"]
+
+
+def empty_state(rows: int, history: int) -> SeqState:
+    """All zero, in numpy."""
+    bias = (rows, MAX_LOGIT_BIAS)
+    return SeqState(
+        np.zeros((rows, history), np.int32),
+        np.zeros((rows, 4), np.int32),
+        np.zeros((rows, 6), np.float32),
+        np.zeros(bias, np.int32),
+        np.zeros(bias, np.float32),
+        np.zeros(bias, np.int32),
+    )
+
+
+def admission(sequences: list[Sequence], rows: int, history: int) -> tuple[SeqState, np.ndarray]:
+    """At most ADMIT_ROWS sequences as a small SeqState, and the row of each (`rows`: none)."""
+    state, at = empty_state(ADMIT_ROWS, history), np.full(ADMIT_ROWS, rows, np.int32)
+    for index, sequence in enumerate(sequences):
+        params = sequence.request.params
+        at[index] = sequence.row
+        state.tokens[index, : len(sequence.tokens)] = sequence.tokens
+        bias = [(token, value, FOREVER) for token, value in (params.logit_bias or {}).items()]
+        if params.min_tokens:
+            stops = sequence.request.stop_ids
+            bias += [(token, -np.inf, params.min_tokens) for token in sorted(stops)]
+        state.ints[index] = (sequence.num_prompt, sequence.seed, params.top_k, len(bias))
+        state.floats[index] = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+        for entry, (token, value, until) in enumerate(bias):
+            state.bias_ids[index, entry] = token
+            state.bias_values[index, entry] = value
+            state.bias_until[index, entry] = until
+    return state, at
+
+
+def admit(state: SeqState, new: SeqState, at: Int[Array, " admitted"]) -> SeqState:
+    """state with the new rows in their places (out of range: nowhere); in place when donated."""
+    return jax.tree.map(lambda old, rows: old.at[at].set(rows, mode="drop"), state, new)
+
+
+def pack_batch(plan: Plan, seqs: int, max_pages: int) -> np.ndarray:
+    """The step as int32 [seqs, PAGES + max_pages]; rows past the plan's are zero."""
+    batch = np.zeros((seqs, PAGES + max_pages), np.int32)
+    for index, entry in enumerate(plan.entries):
+        sequence = entry.sequence
+        batch[index, :PAGES] = (
+            sequence.row,
+            entry.count,
+            entry.start + entry.count,
+            sequence.slot,
+            entry.sample,
+        )
+        batch[index, PAGES : PAGES + len(sequence.pages)] = sequence.pages
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenView:
+    """The tokens of a step, worked out on the device from the batch."""
+
+    tokens: Int[Array, " tokens"]
+    next_tokens: Int[Array, " tokens"]  # what follows each in its history
+    positions: Int[Array, " tokens"]
+    rope_lengths: Int[Array, " tokens"]
+    slots: Int[Array, " tokens"]
+    destinations: Int[Array, " tokens"]
+    cu_q_lens: Int[Array, " seqs_1"]
+    num_seqs: Int[Array, "1"]
+
+
+def token_view(
+    state: SeqState, batch: Int[Array, "seqs columns"], num_tokens: int, page_size: int
+) -> TokenView:
+    """Padding tokens get token 0, position 0, no adapter and no destination."""
+    ends = jnp.cumsum(batch[:, Q_LEN], dtype=jnp.int32)
+    cu_q_lens = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    seq = kernels.token_sequences(cu_q_lens, num_tokens)
+    index = jnp.arange(num_tokens, dtype=jnp.int32)
+    real = index < ends[-1]
+    first = batch[:, KV_LEN] - batch[:, Q_LEN]
+    positions = jnp.where(real, first[seq] + index - cu_q_lens[seq], 0)
+    row = batch[seq, ROW]
+    prompt_len = state.ints[row, PROMPT_LEN]
+    page = batch[seq, PAGES + positions // page_size]
+    return TokenView(
+        tokens=jnp.where(real, state.tokens[row, positions], 0),
+        next_tokens=jnp.where(real, state.tokens[row, positions + 1], 0),
+        positions=positions,
+        rope_lengths=jnp.where(positions < prompt_len, prompt_len, positions + 1),
+        slots=jnp.where(real, batch[seq, SLOT], kernels.NO_ADAPTER),
+        destinations=jnp.where(real, page * page_size + positions % page_size, -1),
+        cu_q_lens=cu_q_lens,
+        num_seqs=jnp.sum(batch[:, Q_LEN] > 0, dtype=jnp.int32)[None],
+    )

@@ -1,0 +1,32 @@
+"""Arrays in, arrays out: LoRA matmuls and paged attention, with a definition and two backends."""
+
+from jlora.kernels.attention import token_sequences
+from jlora.kernels.dispatch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    default_implementation,
+    kv_page_shape,
+    lora_expand,
+    lora_routing,
+    lora_shrink,
+    ragged_paged_attention,
+    write_kv,
+)
+from jlora.kernels.lora import NO_ADAPTER, LoRARouting, SlotTable, dot_precision
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "NO_ADAPTER",
+    "Implementation",
+    "LoRARouting",
+    "SlotTable",
+    "default_implementation",
+    "dot_precision",
+    "kv_page_shape",
+    "lora_expand",
+    "lora_routing",
+    "lora_shrink",
+    "ragged_paged_attention",
+    "token_sequences",
+    "write_kv",
+]

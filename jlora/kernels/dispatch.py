@@ -1,0 +1,183 @@
+"""Chooses the backend of each operation. The docstrings here are the operations' contracts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jlora.kernels import attention, attention_gpu, attention_tpu, lora, lora_gpu, lora_tpu
+from jlora.kernels.lora import LoRARouting, SlotTable
+
+Implementation = Literal["xla", "gpu", "tpu"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "gpu", "tpu")
+
+
+def default_implementation(platform: str | None = None) -> Implementation:
+    """The backend for a JAX platform name (`jax.default_backend()` when None)."""
+    match platform or jax.default_backend():
+        case "gpu" | "cuda":
+            return "gpu"
+        case "tpu":
+            return "tpu"
+        case _:
+            return "xla"
+
+
+def _resolve(implementation: Implementation | None) -> Implementation:
+    if implementation is None:
+        return default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    return implementation
+
+
+def lora_routing(
+    token_slots: Int[Array, " tokens"], *, implementation: Implementation | None = None
+) -> LoRARouting:
+    """The routing of a step for `lora_shrink` and `lora_expand` of the same implementation.
+
+    token_slots: int32, the adapter slot of each token, -1 for none.
+    """
+    tile = {"xla": 16, "gpu": lora_gpu.TOKEN_TILE, "tpu": lora_tpu.TOKEN_TILE}
+    return lora.lora_routing(token_slots, tile[_resolve(implementation)])
+
+
+def lora_shrink(
+    x: Float[Array, "tokens d_in"],
+    a: Float[Array, "layers blocks parts rank d_in"],
+    layer: Int[Array, ""] | int,
+    routing: LoRARouting,
+    slots: SlotTable,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "splits tokens max_blocks parts rank"]:
+    """x · Aᵀ with the blocks of each token's slot, for one layer of the pool.
+
+    Returns float32 partial sums over d_in; their sum over `splits` is the product. Entries of
+    tokens without an adapter and of blocks past the slot's count are unspecified (and unread by
+    `lora_expand`). Dots accumulate in float32 and take their operands in x's dtype.
+    """
+    match _resolve(implementation):
+        case "gpu":
+            return lora_gpu.lora_shrink_gpu(x, a, layer, routing, slots, interpret=interpret)
+        case "tpu":
+            return lora_tpu.lora_shrink_tpu(x, a, layer, routing, slots, interpret=interpret)
+        case _:
+            return lora.lora_shrink_xla(x, a, layer, routing, slots)
+
+
+def lora_expand(
+    y: Float[Array, "tokens d_out"],
+    h: Float[Array, "splits tokens max_blocks parts rank"],
+    b: Float[Array, "layers blocks rank d_out"],
+    layer: Int[Array, ""] | int,
+    routing: LoRARouting,
+    slots: SlotTable,
+    part_widths: tuple[int, ...],
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "tokens d_out"]:
+    """y plus scale · h · Bᵀ of each token's blocks; y of tokens without an adapter is unchanged.
+
+    part_widths: columns of each part, in order; they sum to d_out. h is rounded to b's dtype for
+    the dot, sums are float32, the result has y's dtype. y may be donated by the backend.
+    """
+    if sum(part_widths) != y.shape[1] or len(part_widths) != h.shape[3]:
+        raise ValueError(
+            f"part_widths {part_widths} must name {h.shape[3]} parts of {y.shape[1]} columns in all"
+        )
+    match _resolve(implementation):
+        case "gpu":
+            return lora_gpu.lora_expand_gpu(
+                y, h, b, layer, routing, slots, part_widths, interpret=interpret
+            )
+        case "tpu":
+            return lora_tpu.lora_expand_tpu(
+                y, h, b, layer, routing, slots, part_widths, interpret=interpret
+            )
+        case _:
+            return lora.lora_expand_xla(y, h, b, layer, routing, slots, part_widths)
+
+
+def kv_page_shape(
+    page_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[int, int, int]:
+    """Shape of one KV page, (page_size, 2 x kv heads, head_dim), padded where a backend must."""
+    if _resolve(implementation) == "tpu":
+        return attention_tpu.kv_page_shape(page_size, kv_heads, head_dim, dtype)
+    return (page_size, 2 * kv_heads, head_dim)
+
+
+def ragged_paged_attention(
+    q: Float[Array, "tokens heads head_dim"],
+    kv_pages: Float[Array, "pages page_size kv_heads_2 kv_head_dim"],
+    kv_lens: Int[Array, " seqs"],
+    page_indices: Int[Array, "seqs pages_per_seq"],
+    cu_q_lens: Int[Array, " seqs_1"],
+    num_seqs: Int[Array, "1"],
+    *,
+    kv_heads: int,
+    sm_scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "tokens heads head_dim"]:
+    """Causal attention of each sequence's queries over its own pages.
+
+    kv_pages holds the keys and values of the queries already (`write_kv` comes first).
+    kv_lens: positions of each sequence, its queries included. cu_q_lens: where each sequence's
+    queries start; from sequence num_seqs on they repeat the number of real tokens. page_indices
+    of unused pages must be valid pages. kv_heads: KV heads before padding.
+    sliding_window: a query sees the last `sliding_window` positions, its own included.
+    soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before the mask.
+    Returns q's dtype; rows of padding tokens are unspecified but finite.
+    """
+    tensors = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    options = {"sm_scale": sm_scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    match _resolve(implementation):
+        case "gpu":
+            return attention_gpu.ragged_paged_attention_gpu(
+                *tensors, **options, interpret=interpret
+            )
+        case "tpu":
+            return attention_tpu.ragged_paged_attention_tpu(
+                *tensors, kv_heads=kv_heads, **options, interpret=interpret
+            )
+        case _:
+            return attention.ragged_paged_attention_xla(*tensors, **options)
+
+
+def write_kv(
+    kv_pages: Float[Array, "pages page_size kv_heads_2 kv_head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    destinations: Int[Array, " tokens"],
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "pages page_size kv_heads_2 kv_head_dim"]:
+    """kv_pages with the keys and values of the tokens written, in place when donated.
+
+    destinations: `page * page_size + offset` of each token, distinct; negative ones are not
+    written.
+    """
+    match _resolve(implementation):
+        case "gpu":
+            return attention_gpu.write_kv_gpu(kv_pages, k, v, destinations, interpret=interpret)
+        case "tpu":
+            return attention_tpu.write_kv_tpu(kv_pages, k, v, destinations, interpret=interpret)
+        case _:
+            return attention.write_kv_xla(kv_pages, k, v, destinations)

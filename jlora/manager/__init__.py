@@ -1,0 +1,21 @@
+"""Adapters on the host: reading, registry, LRU, pins, slots, rank blocks. Imports no jax."""
+
+from jlora.manager.blocks import BlockPool, BlockWrite, SlotMap, blocks_needed
+from jlora.manager.lora_model import LoRALayerWeights, LoRAModel, PackedLoRALayerWeights
+from jlora.manager.manager import LoRAModelManager
+from jlora.manager.peft import PEFTHelper
+from jlora.manager.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+
+__all__ = [
+    "BlockPool",
+    "BlockWrite",
+    "LRUCacheWorkerLoRAManager",
+    "LoRALayerWeights",
+    "LoRAModel",
+    "LoRAModelManager",
+    "PEFTHelper",
+    "PackedLoRALayerWeights",
+    "SlotMap",
+    "WorkerLoRAManager",
+    "blocks_needed",
+]

@@ -1,0 +1,222 @@
+"""One adapter on the host: its layers, checked against the model it is for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jlora.config import LoRAConfig
+from jlora.errors import AdapterError
+from jlora.manager.peft import PEFTHelper, file_identity, read_adapter
+from jlora.projections import ModuleMap
+
+_FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
+
+
+@dataclass
+class LoRALayerWeights:
+    """The adapter of one module: delta W = scaling * lora_b @ lora_a.
+
+    lora_a: [rank, input_dim]. lora_b: [output_dim, rank]. Both as PEFT saves them.
+    """
+
+    module_name: str
+    rank: int
+    lora_alpha: float
+    lora_a: np.ndarray
+    lora_b: np.ndarray
+    scaling: float
+
+    def optimize(self) -> LoRALayerWeights:
+        """Folds the scale into lora_b, in float32; afterwards scaling is 1."""
+        if self.scaling != 1.0:
+            scaled = self.lora_b.astype(np.float32) * np.float32(self.scaling)
+            self.lora_b = scaled.astype(self.lora_b.dtype)
+            self.scaling = 1.0
+        return self
+
+    @property
+    def input_dim(self) -> int:
+        """Width of the module's input."""
+        return self.lora_a.shape[1]
+
+    @property
+    def output_dim(self) -> int:
+        """Width of the module's output."""
+        return self.lora_b.shape[0]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this holds several modules that run as one projection."""
+        return False
+
+
+@dataclass
+class PackedLoRALayerWeights:
+    """The adapters of the modules of one projection (q, k, v); None where one has none."""
+
+    module_name: str
+    parts: tuple[LoRALayerWeights | None, ...]
+
+    @classmethod
+    def pack(cls, module_name: str, parts: Sequence[LoRALayerWeights | None]) -> PackedLoRALayerWeights:
+        """Puts the parts beside each other; they keep their own ranks and scales."""
+        return cls(module_name, tuple(parts))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the parts."""
+        return max((part.rank for part in self.parts if part is not None), default=0)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this holds several modules that run as one projection."""
+        return True
+
+
+class LoRAModel:
+    """One adapter: the weights of each module that it changes."""
+
+    def __init__(
+        self, lora_model_id: int, rank: int, loras: dict[str, LoRALayerWeights], identity: str = ""
+    ) -> None:
+        """rank: the largest of the layers. identity: what makes this version this one."""
+        self.id = lora_model_id
+        self.rank = rank
+        self.loras = loras
+        self.identity = identity or f"id:{lora_model_id}"
+
+    def get_lora(self, module_name: str) -> LoRALayerWeights | None:
+        """The weights for a module ("model.layers.0.self_attn.q_proj"), or None."""
+        return self.loras.get(module_name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in self.loras.values())
+
+    @classmethod
+    def from_local_checkpoint(
+        cls,
+        lora_dir: str | Path,
+        lora_model_id: int,
+        modules: ModuleMap,
+        lora_config: LoRAConfig,
+        name: str | None = None,
+    ) -> LoRAModel:
+        """Reads a folder that PEFT saved. Raises AdapterError for anything that does not fit."""
+        folder = Path(lora_dir)
+        name = name or f"adapter {folder.name}"
+        identity = file_identity(folder)
+        helper, tensors = read_adapter(folder, name)
+        return cls.from_lora_tensors(
+            lora_model_id, tensors, helper, modules, lora_config, name=name, identity=identity
+        )
+
+    @classmethod
+    def from_lora_tensors(
+        cls,
+        lora_model_id: int,
+        tensors: dict[str, np.ndarray],
+        peft_helper: PEFTHelper,
+        modules: ModuleMap,
+        lora_config: LoRAConfig,
+        name: str | None = None,
+        identity: str = "",
+    ) -> LoRAModel:
+        """Places every tensor ("base_model.model.<module>.lora_A.weight") or raises AdapterError."""
+        name = name or f"adapter {lora_model_id}"
+        pairs: dict[str, dict[str, np.ndarray]] = {}
+        for key, tensor in tensors.items():
+            module, matrix = _parse_key(key, name)
+            _check_target(module, key, peft_helper, modules, lora_config, name)
+            pairs.setdefault(module, {})[matrix] = tensor
+        if not pairs:
+            raise AdapterError(f"{name}: the file holds no tensors")
+        loras = {
+            module: _layer(module, pair, peft_helper, modules, lora_config, name)
+            for module, pair in pairs.items()
+        }
+        rank = max(layer.rank for layer in loras.values())
+        return cls(lora_model_id, rank, loras, identity)
+
+
+def _parse_key(key: str, name: str) -> tuple[str, str]:
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])\.weight", key)
+    if match is None:
+        raise AdapterError(
+            f"{name}: tensor {key} is not supported; expected <module>.lora_A.weight or "
+            "<module>.lora_B.weight"
+        )
+    return match[1], match[2]
+
+
+def _check_target(
+    module: str,
+    key: str,
+    helper: PEFTHelper,
+    modules: ModuleMap,
+    lora_config: LoRAConfig,
+    name: str,
+) -> None:
+    if modules.place(module) is None:
+        known = sorted({part.name for row in modules.projections for part in row.parts})
+        raise AdapterError(
+            f"{name}: tensor {key} is for module {module}, which the model has not or which "
+            f"cannot take an adapter; {', '.join(known)} of layers 0 to "
+            f"{modules.num_layers - 1} can"
+        )
+    if not helper.targets(module):
+        raise AdapterError(
+            f"{name}: tensor {key} is for a module that target_modules="
+            f"{helper.target_modules!r} of its configuration does not name; PEFT would drop it"
+        )
+    allowed = lora_config.target_modules
+    if allowed is not None and module.rsplit(".", 1)[1] not in allowed:
+        raise AdapterError(
+            f"{name}: module {module} is not among the engine's target modules {list(allowed)}"
+        )
+
+
+def _layer(
+    module: str,
+    pair: dict[str, np.ndarray],
+    helper: PEFTHelper,
+    modules: ModuleMap,
+    lora_config: LoRAConfig,
+    name: str,
+) -> LoRALayerWeights:
+    for matrix in ("lora_A", "lora_B"):
+        if matrix not in pair:
+            raise AdapterError(f"{name}: module {module} has no {matrix}.weight")
+    rank = helper.rank(module)
+    if rank > lora_config.max_lora_rank:
+        raise AdapterError(
+            f"{name}: rank {rank} of {module} is above max_lora_rank={lora_config.max_lora_rank}"
+        )
+    place = modules.place(module)
+    assert place is not None  # _check_target has looked
+    d_in, d_out = place.projection.d_in, place.projection.parts[place.part].width
+    for matrix, shape in (("lora_A", (rank, d_in)), ("lora_B", (d_out, rank))):
+        tensor = pair[matrix]
+        if tensor.shape != shape:
+            raise AdapterError(
+                f"{name}: {module}.{matrix}.weight has shape {list(tensor.shape)}, expected "
+                f"{list(shape)} (rank {rank} by its configuration, {d_in} in and {d_out} out by "
+                "the model)"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise AdapterError(
+                f"{name}: {module}.{matrix}.weight is {tensor.dtype}, expected a floating point "
+                "dtype (float32, float16 or bfloat16)"
+            )
+        if not np.isfinite(tensor).all():
+            raise AdapterError(f"{name}: {module}.{matrix}.weight holds NaN or infinity")
+    return LoRALayerWeights(
+        module, rank, helper.alpha(module), pair["lora_A"], pair["lora_B"], helper.scaling(module)
+    )

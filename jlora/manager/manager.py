@@ -1,0 +1,256 @@
+"""The registry of adapters on the host and the slots on the device.
+
+Pure bookkeeping: it answers which slot and which rank blocks an adapter holds, and what must be
+written before the next step; the engine's runner does the writing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+
+from jlora.config import LoRAConfig
+from jlora.errors import AdapterInUseError
+from jlora.manager.blocks import BlockPool, BlockWrite, SlotMap, blocks_needed
+from jlora.manager.lora_model import LoRAModel
+from jlora.projections import ModuleMap
+
+logger = logging.getLogger(__name__)
+
+
+class LoRAModelManager:
+    """Adapters in host memory (least recently used first) and in the slots of the device.
+
+    Every adapter in a slot is on the host too. An adapter that is pinned, or acquired by a running
+    request, is evicted from neither.
+    """
+
+    def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
+        """Starts empty: no adapter, all slots and blocks free."""
+        self.modules, self.lora_config = modules, lora_config
+        self._adapters: OrderedDict[int, LoRAModel] = OrderedDict()
+        self._slots: OrderedDict[int, int] = OrderedDict()  # adapter -> slot, by last use
+        self._free_slots = list(range(self.lora_slots - 1, -1, -1))
+        self._pinned: set[int] = set()
+        self._users: dict[int, int] = {}
+        rows = modules.projections
+        self.pools = {row.name: BlockPool(lora_config.pool_blocks) for row in rows}
+        self.slot_maps = {
+            row.name: SlotMap(self.lora_slots, lora_config.max_blocks) for row in rows
+        }
+        self._writes: list[BlockWrite] = []
+        self.version = 0  # changes whenever slot_maps do
+
+    # -- what is there --------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Adapters the host keeps."""
+        return self.lora_config.host_capacity
+
+    @property
+    def lora_slots(self) -> int:
+        """Slots on the device."""
+        return self.lora_config.max_loras
+
+    @property
+    def lora_index_to_id(self) -> list[int | None]:
+        """The adapter in each slot."""
+        ids: list[int | None] = [None] * self.lora_slots
+        for adapter_id, slot in self._slots.items():
+            ids[slot] = adapter_id
+        return ids
+
+    def list_adapters(self) -> dict[int, LoRAModel]:
+        """The adapters on the host, least recently used first."""
+        return dict(self._adapters)
+
+    def get_adapter(self, adapter_id: int) -> LoRAModel | None:
+        """The adapter, if it is on the host; its turn in the LRU order is unchanged."""
+        return self._adapters.get(adapter_id)
+
+    def slot_of(self, adapter_id: int) -> int | None:
+        """The slot that holds the adapter."""
+        return self._slots.get(adapter_id)
+
+    def in_use(self, adapter_id: int) -> bool:
+        """Whether a running request has acquired the adapter."""
+        return adapter_id in self._users
+
+    def is_pinned(self, adapter_id: int) -> bool:
+        """Whether the adapter is pinned."""
+        return adapter_id in self._pinned
+
+    def _evictable(self, adapter_id: int) -> bool:
+        return adapter_id not in self._users and adapter_id not in self._pinned
+
+    def touch(self, adapter_id: int) -> None:
+        """Makes the adapter the most recently used one."""
+        if adapter_id in self._adapters:
+            self._adapters.move_to_end(adapter_id)
+        if adapter_id in self._slots:
+            self._slots.move_to_end(adapter_id)
+
+    # -- host -----------------------------------------------------------------------------
+
+    def has_host_room(self) -> bool:
+        """Whether one more adapter can be added, by eviction if need be."""
+        return len(self._adapters) < self.capacity or any(map(self._evictable, self._adapters))
+
+    def add_adapter(self, lora: LoRAModel) -> bool:
+        """Registers an adapter; False when its id is there already.
+
+        Evicts the least recently used adapter when the host is full; raises AdapterInUseError
+        when all are pinned or in use.
+        """
+        if lora.id in self._adapters:
+            self.touch(lora.id)
+            return False
+        if len(self._adapters) >= self.capacity:
+            oldest = next(filter(self._evictable, self._adapters), None)
+            if oldest is None:
+                raise AdapterInUseError(
+                    f"all {self.capacity} adapters on the host are pinned or in use; raise "
+                    "max_cpu_loras or unpin one"
+                )
+            self.remove_adapter(oldest)
+            logger.info("evicted adapter %d from the host", oldest)
+        self._adapters[lora.id] = lora
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forgets an adapter, pinned or not; False when it is not there.
+
+        Raises AdapterInUseError while running requests use it.
+        """
+        if adapter_id not in self._adapters:
+            return False
+        if adapter_id in self._users:
+            raise AdapterInUseError(
+                f"adapter {adapter_id} is in use by {self._users[adapter_id]} running requests; "
+                "remove it when they have finished"
+            )
+        self.deactivate_adapter(adapter_id)
+        self._pinned.discard(adapter_id)
+        del self._adapters[adapter_id]
+        return True
+
+    def remove_all_adapters(self) -> None:
+        """Forgets every adapter that no running request uses."""
+        for adapter_id in list(self._adapters):
+            if adapter_id not in self._users:
+                self.remove_adapter(adapter_id)
+
+    # -- device ---------------------------------------------------------------------------
+
+    def has_slot_room(self) -> bool:
+        """Whether a slot is free or can be made so."""
+        return bool(self._free_slots) or any(map(self._evictable, self._slots))
+
+    def can_ever_activate(self, adapter_id: int) -> bool:
+        """Whether the adapter has, or will have when running requests end, a slot."""
+        return adapter_id in self._slots or any(
+            other not in self._pinned for other in self.lora_index_to_id
+        )
+
+    def can_activate(self, adapter_id: int) -> bool:
+        """Whether `activate_adapter` would succeed now."""
+        if adapter_id in self._slots:
+            return True
+        lora = self._adapters.get(adapter_id)
+        if lora is None or not self.has_slot_room():
+            return False
+        return self._victims(lora) is not None
+
+    def _victims(self, lora: LoRAModel) -> list[int] | None:
+        """The least recently used adapters that must leave their slots; None if it cannot be."""
+        missing = {
+            name: count - self.pools[name].num_free
+            for name, count in blocks_needed(lora, self.modules).items()
+        }
+        need_slot, victims = not self._free_slots, []
+        for adapter_id in filter(self._evictable, self._slots):
+            if not need_slot and max(missing.values()) <= 0:
+                break
+            victims.append(adapter_id)
+            need_slot = False
+            for name, slot_map in self.slot_maps.items():
+                missing[name] -= int(slot_map.counts[self._slots[adapter_id]])
+        return None if need_slot or max(missing.values()) > 0 else victims
+
+    def activate_adapter(self, adapter_id: int) -> bool:
+        """Gives a registered adapter a slot and blocks; False when it has them already.
+
+        Evicts least recently used adapters from their slots; raises AdapterInUseError when those
+        that are left are pinned or in use, KeyError when the adapter is not on the host.
+        """
+        if adapter_id in self._slots:
+            self.touch(adapter_id)
+            return False
+        lora = self._adapters[adapter_id]
+        victims = self._victims(lora)
+        if victims is None:
+            raise AdapterInUseError(
+                f"no slot or rank blocks for adapter {adapter_id}: the adapters in the "
+                f"{self.lora_slots} slots are pinned or in use; raise max_loras or unpin one"
+            )
+        for victim in victims:
+            self.deactivate_adapter(victim)
+            logger.info("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
+        slot = self._free_slots.pop()
+        for row in self.modules.projections:
+            count = blocks_needed(lora, self.modules)[row.name]
+            blocks = self.pools[row.name].allocate(count)
+            self.slot_maps[row.name].set(slot, blocks)
+            self._writes += [
+                BlockWrite(lora, self.modules, row, block, index)
+                for index, block in enumerate(blocks)
+            ]
+        self._slots[adapter_id] = slot
+        self.version += 1
+        self.touch(adapter_id)
+        logger.info("activated adapter %d in slot %d (rank %d)", adapter_id, slot, lora.rank)
+        return True
+
+    def deactivate_adapter(self, adapter_id: int) -> bool:
+        """Frees the adapter's slot and blocks; False when it has none."""
+        slot = self._slots.pop(adapter_id, None)
+        if slot is None:
+            return False
+        for name, slot_map in self.slot_maps.items():
+            self.pools[name].release(slot_map.get(slot))
+            slot_map.set(slot, [])
+        self._free_slots.append(slot)
+        self._writes = [write for write in self._writes if write.lora.id != adapter_id]
+        self.version += 1
+        return True
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Keeps an adapter on the host and in a slot until it is removed.
+
+        Raises ValueError when it is not registered, AdapterInUseError when no slot can be had.
+        """
+        if adapter_id not in self._adapters:
+            raise ValueError(f"Pinning failed. LoRA {adapter_id} is not registered.")
+        self.activate_adapter(adapter_id)
+        self._pinned.add(adapter_id)
+        return True
+
+    # -- running requests -----------------------------------------------------------------
+
+    def acquire(self, adapter_id: int) -> int:
+        """Activates the adapter for one running request; returns its slot."""
+        self.activate_adapter(adapter_id)
+        self._users[adapter_id] = self._users.get(adapter_id, 0) + 1
+        return self._slots[adapter_id]
+
+    def release(self, adapter_id: int) -> None:
+        """One running request has ended."""
+        self._users[adapter_id] -= 1
+        if self._users[adapter_id] == 0:
+            del self._users[adapter_id]
+
+    def take_writes(self) -> list[BlockWrite]:
+        """The blocks to write before the next step, once."""
+        writes, self._writes = self._writes, []
+        return writes

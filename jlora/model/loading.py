@@ -1,0 +1,256 @@
+"""Weights: from safetensors files to sharded arrays, as a table filled over the empty model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from tqdm import tqdm
+
+from jlora.config import ModelConfig
+from jlora.model.decoder import Decoder, stored_vocab
+from jlora.model.layers import AXIS
+from jlora.projections import ModuleMap
+
+Path_ = tuple[Any, ...]
+# Buffers that old checkpoints hold and the model computes.
+_COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor that fills rows `start : start + shape[0]` of a weight."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model and what fills it.
+
+    In Hugging Face's layout it is [rows, ...]; `rows_order` (None: as they come) lists the row
+    of each stored one, `transposed` weights are stored [d_in, rows]; spec shards the stored one.
+    """
+
+    path: Path_
+    sources: tuple[Source, ...]
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    rows_order: np.ndarray | None = None
+    transposed: bool = False
+
+
+def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
+    """Every parameter of `Decoder(config, shards)`."""
+    modules = ModuleMap(config)
+    hidden, vocab = config.hidden_size, config.vocab_size
+    order = None
+    if stored_vocab(vocab, shards) != vocab:  # padding rows repeat the last one, and are cut off
+        order = np.minimum(np.arange(stored_vocab(vocab, shards)), vocab - 1)
+
+    def whole(path: Path_, name: str, *shape: int, spec: PartitionSpec = PartitionSpec()) -> Weight:
+        return Weight(path, (Source(name, 0, shape),), shape, spec, order if spec else None)
+
+    vocab_spec = PartitionSpec(AXIS, None)
+    table = [
+        whole(("embed", "weight"), "model.embed_tokens.weight", vocab, hidden, spec=vocab_spec),
+        whole(("norm", "weight"), "model.norm.weight", hidden),
+    ]
+    if not config.tie_word_embeddings:
+        table.append(whole(("lm_head", "weight"), "lm_head.weight", vocab, hidden, spec=vocab_spec))
+    for layer in range(config.num_layers):
+        at, prefix = ("layers", layer), f"model.layers.{layer}"
+        table.append(
+            whole((*at, "input_norm", "weight"), f"{prefix}.input_layernorm.weight", hidden)
+        )
+        table.append(
+            whole((*at, "post_norm", "weight"), f"{prefix}.post_attention_layernorm.weight", hidden)
+        )
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            table.append(
+                whole((*at, norm, "weight"), f"{prefix}.self_attn.{norm}.weight", config.head_dim)
+            )
+        for row in modules.projections:
+            table += _projection_weights(modules, row, layer, shards)
+    return table
+
+
+def _projection_weights(modules: ModuleMap, row, layer: int, shards: int) -> list[Weight]:
+    weights, biases, start = [], [], 0
+    for index, part in enumerate(row.parts):
+        name = modules.name(row, index, layer)
+        weights.append(Source(f"{name}.weight", start, (part.width, row.d_in)))
+        if part.bias:
+            biases.append(Source(f"{name}.bias", start, (part.width,)))
+        start += part.width
+    order = row.columns(shards) if shards > 1 and row.shard == "out" else None
+    out = row.shard == "out"
+    spec = PartitionSpec(None, AXIS) if out else PartitionSpec(AXIS, None)
+    at = ("layers", layer, row.name)
+    table = [Weight((*at, "weight"), tuple(weights), (start, row.d_in), spec, order, True)]
+    if row.bias:
+        spec = PartitionSpec(AXIS) if out else PartitionSpec()
+        table.append(Weight((*at, "bias"), tuple(biases), (start,), spec, order))
+    return table
+
+
+def load_model(
+    config: ModelConfig,
+    model: str,
+    mesh: Mesh,
+    *,
+    revision: str | None = None,
+    dummy_seed: int | None = None,
+    progress: bool = True,
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The model's graph, its sharded weights, and their PartitionSpecs (same tree).
+
+    model: a folder or Hub repository with safetensors. dummy_seed: random weights instead.
+    """
+    shards = mesh.shape[AXIS]
+    table = weight_table(config, shards)
+    graph, empty = nnx.split(nnx.eval_shape(lambda: Decoder(config, shards)))
+    shapes = {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(empty)}
+    if {weight.path for weight in table} != set(shapes):
+        raise RuntimeError("the weight table and the model disagree")  # a defect of jlora
+    if dummy_seed is not None:
+        arrays = _random_weights(table, shapes, mesh, dummy_seed, progress)
+    else:
+        arrays = _read_weights(table, config, find_checkpoint(model, revision), mesh, progress)
+    specs = {weight.path: weight.spec for weight in table}
+    return graph, _as_state(empty, arrays), _as_state(empty, specs)
+
+
+def _as_state(like: nnx.State, values: dict[Path_, Any]) -> nnx.State:
+    """A tree of the same structure with these leaves."""
+    flat = [(path, leaf.replace(values[tuple(path)])) for path, leaf in nnx.to_flat_state(like)]
+    return nnx.from_flat_state(flat)
+
+
+def _random_weights(table, shapes, mesh: Mesh, seed: int, progress: bool) -> dict[Path_, jax.Array]:
+    """Norms of one, biases of zero, normal matrices that keep the activations' size."""
+
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
+    def draw(key, shape, dtype, sharding):
+        scale = 0.02 if len(shape) == 2 else 0.0
+        value = scale * jax.random.normal(key, shape, jnp.float32)
+        return jax.lax.with_sharding_constraint(value.astype(dtype), sharding)
+
+    arrays = {}
+    for index, weight in enumerate(_bar(table, "random weights", progress)):
+        shape = shapes[weight.path]
+        sharding = NamedSharding(mesh, weight.spec)
+        if "norm" in str(weight.path[-2]):
+            arrays[weight.path] = jax.device_put(jnp.ones(shape.shape, shape.dtype), sharding)
+        else:
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            arrays[weight.path] = draw(key, shape.shape, shape.dtype, sharding)
+    return arrays
+
+
+def _bar(items, text: str, progress: bool):
+    return tqdm(items, desc=text, disable=not progress, leave=False, dynamic_ncols=True)
+
+
+def find_checkpoint(model: str, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a folder or Hub repository, by its index when it has one."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise FileNotFoundError(f"{model}: no {', '.join(missing) or 'safetensors files'}")
+    return files
+
+
+def _tensors(files: list[Path], progress: bool) -> Iterator[tuple[str, np.ndarray]]:
+    for path in _bar(files, "weights", progress):
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _read_weights(
+    table: list[Weight], config: ModelConfig, files: list[Path], mesh: Mesh, progress: bool
+) -> dict[Path_, jax.Array]:
+    """Streams the files: a weight goes to the device when its last part has come.
+
+    Raises ValueError that lists every missing, unknown and misshapen tensor.
+    """
+    wanted = {source.name: (weight, source) for weight in table for source in weight.sources}
+    waiting = {weight.path: len(weight.sources) for weight in table}
+    buffers: dict[Path_, np.ndarray] = {}
+    arrays: dict[Path_, jax.Array] = {}
+    seen: set[str] = set()
+    faults: list[str] = []
+    for name, tensor in _tensors(files, progress):
+        if name not in wanted:
+            computed = _COMPUTED.fullmatch(name) is not None
+            if not computed and not (name == "lm_head.weight" and config.tie_word_embeddings):
+                faults.append(f"unknown tensor {name} {list(tensor.shape)}")
+            continue
+        weight, source = wanted[name]
+        seen.add(name)
+        if tensor.shape != source.shape:
+            faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(source.shape)}")
+            continue
+        buffer = _fill(buffers, weight, source, tensor)
+        waiting[weight.path] -= 1
+        if waiting[weight.path] == 0 and not faults:
+            arrays[weight.path] = _to_device(buffer, weight, config.dtype, mesh)
+            buffers.pop(weight.path)
+    faults += [f"missing tensor {name}" for name in wanted if name not in seen]
+    if faults:
+        listed = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
+        raise ValueError(
+            f"the checkpoint does not fit the configuration ({config.model_type}):\n  {listed}"
+        )
+    return arrays
+
+
+def _fill(buffers, weight: Weight, source: Source, tensor: np.ndarray) -> np.ndarray:
+    if source.shape == weight.shape:
+        return buffers.setdefault(weight.path, tensor)
+    if weight.path not in buffers:
+        buffers[weight.path] = np.zeros(weight.shape, tensor.dtype)  # zero: a part without bias
+    buffers[weight.path][source.start : source.start + source.shape[0]] = tensor
+    return buffers[weight.path]
+
+
+def _to_device(buffer: np.ndarray, weight: Weight, dtype: str, mesh: Mesh) -> jax.Array:
+    """Reorders on the host; transposes and casts on the device."""
+    if weight.rows_order is not None:
+        buffer = buffer[weight.rows_order]
+    spec = weight.spec
+    incoming = PartitionSpec(*reversed(spec)) if weight.transposed else spec
+    on_device = jax.device_put(buffer, NamedSharding(mesh, incoming))
+    return _finish(on_device, weight.transposed, jnp.dtype(dtype), NamedSharding(mesh, spec))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _finish(value, transposed: bool, dtype, sharding):
+    value = (value.T if transposed else value).astype(dtype)
+    return jax.lax.with_sharding_constraint(value, sharding)

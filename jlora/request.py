@@ -1,0 +1,233 @@
+"""What goes into an engine and what comes out of it, under vLLM's names."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jlora.config import require_int
+
+MAX_LOGIT_BIAS = 1024  # entries a request, min_tokens' stop tokens included
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """The adapter of a request.
+
+    lora_int_id: from 1, names the adapter in an engine. lora_path: a folder, or a Hub repository.
+    The same id with the same path is the same adapter under any lora_name. load_inplace: replace
+    what the id holds by what lora_path holds now.
+    """
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+    base_model_name: str | None = None
+    load_inplace: bool = False
+    components: None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lora_int_id, int) or self.lora_int_id < 1:
+            raise ValueError(f"lora_int_id must be an integer from 1, not {self.lora_int_id!r}")
+        if not self.lora_name or not isinstance(self.lora_name, str):
+            raise ValueError(f"lora_name must be a name, not {self.lora_name!r}")
+        if self.components is not None:
+            raise NotImplementedError("LoRARequest(components=...) is not supported yet")
+        if not isinstance(self.lora_path, str) or not self.lora_path:
+            raise ValueError(
+                f"adapter {self.lora_name!r}: lora_path must be a folder or a Hub repository"
+            )
+
+    @property
+    def adapter_id(self) -> int:
+        """vLLM's other name of lora_int_id."""
+        return self.lora_int_id
+
+    @property
+    def name(self) -> str:
+        """vLLM's other name of lora_name."""
+        return self.lora_name
+
+    @property
+    def path(self) -> str:
+        """vLLM's other name of lora_path."""
+        return self.lora_path
+
+
+class RequestOutputKind(enum.Enum):
+    """What each RequestOutput holds: everything so far, what is new, or only the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+def _strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+@dataclass
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    n: answers a prompt. temperature: 0 is greedy. top_k: 0 or -1 for all. seed: makes the request
+    repeatable, whatever runs beside it. stop, stop_token_ids: ends the answer; the stop string is
+    not part of it unless include_stop_str_in_output. logprobs, prompt_logprobs: how many of the
+    best tokens come with their log-probability (before temperature and penalties), besides the
+    chosen one. Penalties follow the definitions of OpenAI (presence, frequency) and of
+    Keskar et al. 2019 (repetition, over prompt and answer).
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        require_int("n", self.n, 1)
+        require_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None:
+            require_int("max_tokens", self.max_tokens, 1)
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(
+                    f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}"
+                )
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        require_int("top_k", self.top_k, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 0)
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, not {self.seed!r}")
+        for name, low, high in (
+            ("temperature", 0.0, float("inf")),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("repetition_penalty", 0.0, float("inf")),
+        ):
+            value = getattr(self, name)
+            open_end = name in ("top_p", "repetition_penalty") and value == 0
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+            if not low <= value <= high or open_end or value == float("inf"):
+                raise ValueError(f"{name}={value} is outside {low} .. {high}")
+        self.stop = _strings(self.stop)
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise ValueError(f"stop must be non-empty strings, not {self.stop!r}")
+        self.stop_token_ids = tuple(self.stop_token_ids or ())
+        for token in self.stop_token_ids:
+            require_int("stop_token_ids", token, 0)
+        self.logit_bias = dict(self.logit_bias or {})
+        for token in self.logit_bias:
+            require_int("logit_bias token", token, 0)
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature < 1e-5
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of a token, its rank in the vocabulary (1 is the best) and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+Logprobs = list[dict[int, Logprob]]
+
+
+@dataclass
+class CompletionOutput:
+    """One answer to a prompt; finish_reason is None while it goes on, then stop, length, abort."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: LoRARequest | None = None
+
+    def finished(self) -> bool:
+        """Whether this answer is complete."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestMetrics:
+    """Times of a request, seconds of `time.time()`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass
+class RequestOutput:
+    """What an engine says of a request after a step."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    lora_request: LoRARequest | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None
+    kind: RequestOutputKind = field(default=RequestOutputKind.CUMULATIVE, repr=False)
+
+
+TextPrompt = str
+TokensPrompt = Mapping[str, Any]
+Prompt = TextPrompt | TokensPrompt
+
+
+def parse_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
+    """A prompt as (text, token ids), one of them None; raises on anything else.
+
+    Accepted: a string, {"prompt": str}, {"prompt_token_ids": [...]} (with or without "prompt").
+    """
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, Mapping):
+        raise ValueError(
+            f"a prompt is a string or a dictionary with prompt_token_ids, not {type(prompt).__name__}"
+        )
+    unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+    if unknown:
+        raise ValueError(f"prompt key {', '.join(map(str, unknown))} is not supported")
+    tokens = prompt.get("prompt_token_ids")
+    if tokens is not None:
+        return prompt.get("prompt"), [int(token) for token in tokens]
+    if not isinstance(prompt.get("prompt"), str):
+        raise ValueError("a prompt dictionary needs prompt (a string) or prompt_token_ids")
+    return prompt["prompt"], None

@@ -1,0 +1,191 @@
+"""The GPU kernels: interpreted and lowered on the CPU, and the whole list on a GPU (`-m gpu`)."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jlora import kernels
+from tests.kernels import cases
+
+by_id = operator.attrgetter("id")
+
+
+def _subset(every, *ids):
+    return [case for case in every if case.id in ids]
+
+
+LORA_SUBSET = _subset(
+    cases.LORA_CASES,
+    *("none", "17-tokens", "rank100", "mixed-shuffled-float16", "half-without", "distinct-qkv"),
+    *("layer-traced-qkv", "parts-uneven", "only-absent", "many-slots", "block8", "block32"),
+)
+ATTENTION_SUBSET = _subset(
+    cases.ATTENTION_CASES,
+    *("decode-padding", "padding", "chunk", "ragged-float16", "head-dim80", "head-dim256-kv8"),
+    *("kv3-group3-float32", "window16", "soft-cap-window", "long-decode", "window-long"),
+)
+WRITE_SUBSET = _subset(cases.WRITE_CASES, "scattered-bfloat16", "cast", "one-skipped", "kv3")
+
+
+@pytest.mark.parametrize("case", LORA_SUBSET, ids=by_id)
+@pytest.mark.parametrize("check", [cases.check_shrink, cases.check_expand])
+def test_lora_interpreted(case, check):
+    check(case, "gpu", interpret=True)
+
+
+@pytest.mark.parametrize("case", ATTENTION_SUBSET, ids=by_id)
+def test_attention_interpreted(case):
+    cases.check_attention(case, "gpu", interpret=True)
+
+
+@pytest.mark.parametrize("case", WRITE_SUBSET, ids=by_id)
+def test_write_kv_interpreted(case):
+    cases.check_write_kv(case, "gpu", interpret=True)
+
+
+def _shrink(case) -> cases.Call:
+    return cases.shrink_call(case, cases.draw_lora(case), "gpu")
+
+
+def _expand(case) -> cases.Call:
+    inputs = cases.draw_lora(case)
+    return cases.expand_call(case, inputs, inputs.h, "gpu")
+
+
+def _attention(case) -> cases.Call:
+    return cases.attention_call(case, cases.draw_attention(case), "gpu")
+
+
+def _write(case) -> cases.Call:
+    return cases.write_call(case, "gpu")
+
+
+EVERY_CALL = [
+    *(pytest.param(_shrink, case, id=f"shrink-{case.id}") for case in cases.LORA_CASES),
+    *(pytest.param(_expand, case, id=f"expand-{case.id}") for case in cases.LORA_CASES),
+    *(pytest.param(_attention, case, id=f"attention-{case.id}") for case in cases.ATTENTION_CASES),
+    *(pytest.param(_write, case, id=f"write-{case.id}") for case in cases.WRITE_CASES),
+]
+
+
+@pytest.mark.parametrize("make_call, case", EVERY_CALL)
+def test_lowers_to_triton(make_call, case):
+    """Shapes, masks and primitives that Triton would refuse are refused without a GPU, too."""
+    call = make_call(case)
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
+        traced = jax.jit(call.function).trace(*call.arguments)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@__gpu$xla.gpu.triton") == 1
+
+
+def test_block_rank_refused():
+    case = cases.LoRACase("block12", 4, (12,), block_rank=12)
+    for make_call in (_shrink, _expand):
+        with pytest.raises(NotImplementedError, match="block rank 12"):
+            cases.run(make_call(case))
+
+
+# ------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.LORA_CASES, ids=by_id)
+@pytest.mark.parametrize(
+    "check", [cases.check_shrink, cases.check_expand, cases.check_shrink_expand]
+)
+def test_lora_compiled(case, check):
+    check(case, "gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=by_id)
+def test_attention_compiled(case):
+    cases.check_attention(case, "gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.WRITE_CASES, ids=by_id)
+def test_write_kv_compiled(case):
+    cases.check_write_kv(case, "gpu")
+
+
+@pytest.mark.gpu
+def test_same_bits_twice():
+    for case in cases.LORA_CASES:
+        inputs = cases.draw_lora(case)
+        used = cases.used_blocks(inputs.token_slots, inputs.slots)
+        h, again = (np.asarray(cases.run(_shrink(case)))[:, used] for _ in range(2))
+        cases.assert_same_bits(h, again)
+        cases.assert_same_bits(cases.run(_expand(case)), cases.run(_expand(case)))
+    for case in cases.ATTENTION_CASES:
+        cases.assert_same_bits(cases.run(_attention(case)), cases.run(_attention(case)))
+
+
+LAYERS, TOKENS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, PAGES = 4, 32, 1024, 8, 2, 128, 512
+
+
+def _step(kv_pages, x, a, b, slots, token_slots, batch):
+    """A few layers of nothing but our kernels."""
+    kv_lens, page_indices, cu_q_lens, num_seqs, destinations = batch
+    routing = kernels.lora_routing(token_slots, implementation="gpu")
+
+    def layer(index, carry):
+        kv_pages, x = carry
+        h = kernels.lora_shrink(x, a, index, routing, slots, implementation="gpu")
+        y = kernels.lora_expand(
+            x, h, b, index, routing, slots, (WIDTH // 2, WIDTH // 2), implementation="gpu"
+        )
+        q = y.reshape(TOKENS, HEADS, HEAD_DIM)
+        k, v = q[:, :KV_HEADS], q[:, -KV_HEADS:]
+        kv_pages = kernels.write_kv(kv_pages, k, v, destinations + index, implementation="gpu")
+        out = kernels.ragged_paged_attention(
+            q,
+            kv_pages,
+            kv_lens,
+            page_indices,
+            cu_q_lens,
+            num_seqs,
+            kv_heads=KV_HEADS,
+            sm_scale=HEAD_DIM**-0.5,
+            implementation="gpu",
+        )
+        return kv_pages, out.reshape(x.shape)
+
+    return jax.lax.fori_loop(0, LAYERS, layer, (kv_pages, x))
+
+
+@pytest.mark.gpu
+def test_no_copies():
+    """The KV cache is updated in place, the pool is read where it lies."""
+
+    def array(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    blocks, slots = 64, 64
+    kv_pages = array(PAGES, 16, 2 * KV_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
+    a = array(LAYERS, blocks, 2, 16, WIDTH, dtype=jnp.bfloat16)
+    b = array(LAYERS, blocks, 16, WIDTH, dtype=jnp.bfloat16)
+    x = array(TOKENS, WIDTH, dtype=jnp.bfloat16)
+    table = kernels.SlotTable(array(slots, 2), array(slots), array(slots, 2, dtype=jnp.float32))
+    batch = (
+        array(TOKENS),
+        array(TOKENS, 16),
+        array(TOKENS + 1),
+        array(1),
+        array(TOKENS),
+    )
+    compiled = (
+        jax.jit(_step, donate_argnums=0)
+        .lower(kv_pages, x, a, b, table, array(TOKENS), batch)
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    kv_bytes = kv_pages.size * 2
+    assert memory.alias_size_in_bytes >= kv_bytes
+    # Activations, splits of h and of attention; one layer of A alone has 4 MiB.
+    assert memory.temp_size_in_bytes < 3 * 2**20
