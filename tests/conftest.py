@@ -42,7 +42,13 @@ if os.environ.get("JLORA_TEST_CACHE", "1") != "0":
 if os.environ.get("JLORA_TYPECHECK", "1") != "0" and importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook("jlora", "beartype.beartype")
+    import tests.typecheck  # noqa: F401  (the hook looks it up by name)
+
+    # Where arrays are; elsewhere jlora's own checks must see bad input.
+    ARRAY_MODULES = ["kernels", "model", "engine.adapter_pool", "engine.runner", "engine.sampler"]
+    install_import_hook(
+        [f"jlora.{name}" for name in [*ARRAY_MODULES, "engine.state"]], "tests.typecheck.check"
+    )
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings

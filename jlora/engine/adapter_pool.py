@@ -12,15 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.kernels import SlotTable
-from jlora.manager import BlockWrite, LoRAModelManager
+from jlora.manager import BlockWrite, LoRAModelManager, SlotMap
 from jlora.model import AXIS, RowPool
 from jlora.projections import ModuleMap, Projection
 
 STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
-def pool_specs(row: Projection) -> RowPool:
-    """How a row's arrays are divided; shaped like a RowPool.
+def _specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
+    """How A and B of a row are divided.
 
     Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
     copy B.
@@ -28,7 +28,7 @@ def pool_specs(row: Projection) -> RowPool:
     out = row.shard == "out"
     a = PartitionSpec() if out else PartitionSpec(None, None, None, None, AXIS)
     b = PartitionSpec(None, None, None, AXIS) if out else PartitionSpec()
-    return RowPool(a, b, SlotTable(PartitionSpec(), PartitionSpec(), PartitionSpec()))  # type: ignore[arg-type]
+    return a, b
 
 
 def _row_shapes(row: Projection, layers: int, blocks: int, shards: int):
@@ -57,24 +57,33 @@ class AdapterPool:
         self._version = -1
         self._writers: dict[tuple[str, np.dtype], jax.stages.Compiled] = {}
         self.rows: dict[str, RowPool] = {}
-        self._specs = {row.name: pool_specs(row) for row in modules.projections}
         for row in modules.projections:
             shapes = _row_shapes(row, modules.num_layers, config.pool_blocks, self._shards)
-            specs = self._specs[row.name]
             a, b = (
                 jax.jit(
                     functools.partial(jnp.zeros, shape, dtype),
                     out_shardings=NamedSharding(mesh, spec),
                 )()
-                for shape, spec in zip(shapes, (specs.a, specs.b), strict=True)
+                for shape, spec in zip(shapes, _specs(row), strict=True)
             )
-            slots = SlotTable(
-                np.zeros((config.max_loras, config.max_blocks), np.int32),  # type: ignore[arg-type]
-                np.zeros(config.max_loras, np.int32),  # type: ignore[arg-type]
-                np.ones((config.max_loras, config.max_blocks), np.float32),  # type: ignore[arg-type]
+            slots = SlotMap(config.max_loras, config.max_blocks)
+            self.rows[row.name] = RowPool(a, b, self._table(slots))
+
+    @property
+    def specs(self) -> dict[str, RowPool]:
+        """How `rows` is divided: the same tree, of PartitionSpecs."""
+        whole = PartitionSpec()
+        return {
+            row.name: jax.tree.unflatten(
+                jax.tree.structure(self.rows[row.name]), [*_specs(row), whole, whole, whole]
             )
-            slots = jax.device_put(slots, NamedSharding(mesh, PartitionSpec()))
-            self.rows[row.name] = RowPool(a, b, slots)
+            for row in self._modules.projections
+        }
+
+    def _table(self, slots: SlotMap) -> SlotTable:
+        # Copies: the transfer may read them after the manager has gone on.
+        arrays = (slots.blocks.copy(), slots.counts.copy(), slots.scales.copy())
+        return SlotTable(*jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec())))
 
     def compile(self) -> None:
         """Compiles the writes, one for each row and dtype in which adapters come."""
@@ -87,17 +96,9 @@ class AdapterPool:
         for write in manager.take_writes():
             self._write(write)
         if manager.version != self._version:
-            replicated = NamedSharding(self._mesh, PartitionSpec())
-            tables = jax.device_put(
-                {
-                    # Copies: the transfer may read them after the manager has gone on.
-                    name: SlotTable(slots.blocks.copy(), slots.counts.copy(), slots.scales.copy())  # type: ignore[arg-type]
-                    for name, slots in manager.slot_maps.items()
-                },
-                replicated,
-            )
             self.rows = {
-                name: RowPool(row.a, row.b, tables[name]) for name, row in self.rows.items()
+                name: RowPool(row.a, row.b, self._table(manager.slot_maps[name]))
+                for name, row in self.rows.items()
             }
             self._version = manager.version
 
@@ -121,7 +122,7 @@ class AdapterPool:
     def _writer(self, row: Projection, dtype: np.dtype) -> jax.stages.Compiled:
         key = (row.name, dtype)
         if key not in self._writers:
-            pool, specs = self.rows[row.name], self._specs[row.name]
+            pool = self.rows[row.name]
             layers, _, parts, rank, d_in = pool.a.shape
             shapes = ((layers, parts, rank, d_in), (layers, pool.b.shape[-1], rank))
             staged = [
@@ -131,7 +132,7 @@ class AdapterPool:
             replicated = NamedSharding(self._mesh, PartitionSpec())
             block = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
             scales = jax.ShapeDtypeStruct((layers, parts), np.float32, sharding=replicated)
-            shardings = tuple(NamedSharding(self._mesh, spec) for spec in (specs.a, specs.b))
+            shardings = tuple(NamedSharding(self._mesh, spec) for spec in _specs(row))
             function = functools.partial(write_block, part_of=self._part_of(row))
             self._writers[key] = (
                 jax.jit(function, donate_argnums=(0, 1), out_shardings=shardings)

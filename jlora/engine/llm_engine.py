@@ -60,10 +60,10 @@ class LLMEngine:
         if self.lora_config is not None:
             self.lora = LRUCacheWorkerLoRAManager(self.modules, self.lora_config)
             pool = AdapterPool(self.modules, self.lora_config, self._lora_dtype(), mesh)
-        jax.block_until_ready(weights[1])
+        jax.block_until_ready(weights.params)
         sizes = self._sizes(implementation)
         self.runner = ModelRunner(weights, model, sizes, mesh, pool)
-        self._log_memory(weights[1], sizes, mesh, pool)
+        self._log_memory(weights.params, sizes, mesh, pool)
         caching = args.enable_prefix_caching is not False
         self.pages = PageAllocator(sizes.num_pages, sizes.page_size, caching)
         self.scheduler = Scheduler(
@@ -277,7 +277,7 @@ class LLMEngine:
             if not sequence.finished:
                 if prompt_logprobs is not None:
                     record_prompt_logprobs(entry, prompt_logprobs, first, self.inputs.tokenizer)
-                if entry.sample:
+                if entry.sample and tokens is not None:
                     sequence.in_flight -= 1
                     self._append(sequence, int(tokens[index]), logprobs, index)
                 changed[sequence.request.request_id] = sequence.request

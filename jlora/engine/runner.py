@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.engine.adapter_pool import AdapterPool, pool_specs
+from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.sampler import VARIANTS, TokenLogprobs, Variant, sample, token_logprobs
 from jlora.engine.scheduler import Entry, Plan
 from jlora.engine.state import (
@@ -43,8 +43,7 @@ from jlora.engine.state import (
     token_view,
 )
 from jlora.kernels import Implementation
-from jlora.model import AXIS, RowPool, StepContext, rope_cos_sin
-from jlora.projections import ModuleMap
+from jlora.model import AXIS, LoadedModel, RowPool, StepContext, rope_cos_sin
 
 logger = logging.getLogger(__name__)
 LOGPROB_CHUNK = 64  # prompt tokens whose logits exist at once
@@ -94,7 +93,7 @@ class StepResult:
     logprobs: TokenLogprobs | None
     prompt_logprobs: TokenLogprobs | None
 
-    def read(self) -> tuple[np.ndarray, TokenLogprobs | None, TokenLogprobs | None]:
+    def read(self) -> tuple[np.ndarray | None, TokenLogprobs | None, TokenLogprobs | None]:
         """Waits for the device: tokens [seqs], and the log-probabilities where asked for."""
         return jax.device_get((self.tokens, self.logprobs, self.prompt_logprobs))
 
@@ -104,13 +103,13 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: tuple[nnx.GraphDef, nnx.State, nnx.State],
+        model: LoadedModel,
         model_config: ModelConfig,
         config: RunnerConfig,
         mesh: Mesh,
         pool: AdapterPool | None,
     ) -> None:
-        """model: graph, weights and their specs, as load_model gives them."""
+        """Allocates the KV cache and the rows of the sequences."""
         self.graph, self.params, self._param_specs = model
         self.model_config, self.config, self.mesh, self.pool = model_config, config, mesh, pool
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -125,9 +124,6 @@ class ModelRunner:
         state = empty_state(config.max_num_seqs, config.history)
         self.state: SeqState = jax.device_put(state, self._replicated)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
-        self._specs_of_pool = {
-            row.name: pool_specs(row) for row in ModuleMap(model_config).projections
-        }
 
     # -- the jitted functions --------------------------------------------------------------
 
@@ -187,7 +183,7 @@ class ModelRunner:
 
     def _specs(self, lora: bool):
         everywhere = PartitionSpec()
-        pool = self._specs_of_pool if lora else None
+        pool = self.pool.specs if lora and self.pool is not None else None
         return self._param_specs, pool, self._kv_spec, everywhere, everywhere
 
     def _sharded(self, function: Callable, in_specs, out_specs) -> Callable:

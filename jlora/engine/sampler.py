@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora.engine.state import (
@@ -56,10 +57,10 @@ def variant_of(params: SamplingParams) -> Variant:
 class TokenLogprobs:
     """Of each row's token: its log-probability and rank (from 1), and the best tokens'."""
 
-    logprobs: Float[Array, " rows"]
-    ranks: Int[Array, " rows"]
-    top_ids: Int[Array, "rows top"]
-    top_logprobs: Float[Array, "rows top"]
+    logprobs: Any  # float32 [rows]
+    ranks: Any  # int32 [rows]
+    top_ids: Any  # int32 [rows, top]
+    top_logprobs: Any  # float32 [rows, top]
 
 
 def token_logprobs(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +38,18 @@ FOREVER = 2**31 - 1
 )
 @dataclasses.dataclass(frozen=True)
 class SeqState:
-    """A row for each sequence that can run.
+    """A row for each sequence that can run. (Fields are Any: JAX puts shapes and specs there too.)
 
     bias_values are added to the logits of bias_ids while fewer than bias_until tokens are drawn;
     the first ints[:, NUM_BIAS] entries count.
     """
 
-    tokens: Int[Array, "rows history"]
-    ints: Int[Array, "rows 4"]
-    floats: Float[Array, "rows 6"]
-    bias_ids: Int[Array, "rows bias"]
-    bias_values: Float[Array, "rows bias"]
-    bias_until: Int[Array, "rows bias"]
+    tokens: Any  # int32 [rows, history]
+    ints: Any  # int32 [rows, 4]
+    floats: Any  # float32 [rows, 6]
+    bias_ids: Any  # int32 [rows, bias]
+    bias_values: Any  # float32 [rows, bias]
+    bias_until: Any  # int32 [rows, bias]
 
 
 def empty_state(rows: int, history: int) -> SeqState:

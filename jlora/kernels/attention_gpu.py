@@ -189,7 +189,7 @@ def ragged_paged_attention_gpu(
     interpret: bool = False,
 ) -> Float[Array, "tokens heads head_dim"]:
     """See `jlora.kernels.ragged_paged_attention`. Padding tokens get zeros."""
-    tokens, heads, head_dim = q.shape
+    tokens, heads, _ = q.shape
     seqs, pages_per_seq = page_indices.shape
     page_size, kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
     max_keys = pages_per_seq * page_size

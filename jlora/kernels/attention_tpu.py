@@ -97,7 +97,7 @@ def _shipped(q, kv_pages, *tables, interpret, **options) -> Array:
         if precision:
             context.enter_context(jax.default_matmul_precision(precision))
         if interpret:  # nor an interpret argument
-            params = pltpu.InterpretParams() if interpret is True else interpret
+            params = interpret
             context.enter_context(pltpu.force_tpu_interpret_mode(params))
         return shipped.ragged_paged_attention(
             q,
@@ -175,17 +175,15 @@ def _flash_kernel(seqs, starts, kv_lens, page_indices, cu_q_lens, *refs, sliding
     def step(block, _):
         pl.when((block + 1) * keys < end)(lambda: copies(block + 1, "start"))
         copies(block, "wait")
-        _flash_block(
-            q_ref,
-            kv_ref.at[jax.lax.rem(block, 2)],
-            max_sum_ref,
-            acc_ref,
-            position,
-            block * keys,
-            end,
-            sliding_window,
-            **options,
-        )
+        shape = (max_sum_ref.shape[2], keys)  # a row is a query and one of the heads that share k
+        query = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (shape[0] // tile)
+        key = block * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        seen = (key <= position + query) & (key < end)
+        if sliding_window is not None:
+            seen &= key > position + query - sliding_window
+        half = kv_ref.at[jax.lax.rem(block, 2)]
+        written = block * keys + jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0) < end
+        _flash_block(q_ref, half, max_sum_ref, acc_ref, seen, written, **options)
         return 0
 
     pl.when(first * keys < end)(lambda: copies(first, "start"))
@@ -198,20 +196,11 @@ def _flash_kernel(seqs, starts, kv_lens, page_indices, cu_q_lens, *refs, sliding
     pltpu.sync_copy(q_ref, out_hbm.at[at])
 
 
-def _flash_block(
-    q_ref, kv_ref, max_sum_ref, acc_ref, position, first_key, end, sliding_window, sm_scale, soft_cap
-):
+def _flash_block(q_ref, kv_ref, max_sum_ref, acc_ref, seen, written, sm_scale, soft_cap):
     """Adds a block of keys to every head's running maximum, sum and mean of values."""
     tile, heads, head_dim = q_ref.shape
-    keys, kv_heads = kv_ref.shape[1], max_sum_ref.shape[1]
+    kv_heads = max_sum_ref.shape[1]
     group = heads // kv_heads
-    shape = (tile * group, keys)
-    q_position = position + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // group
-    k_position = first_key + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    seen = (k_position <= q_position) & (k_position < end)
-    if sliding_window is not None:
-        seen &= k_position > q_position - sliding_window
-    written = first_key + jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0) < end
     precision = dot_precision(q_ref.dtype)
     for head in range(kv_heads):
         mine = slice(head * group, (head + 1) * group)

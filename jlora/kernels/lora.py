@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import typing
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -37,9 +39,9 @@ class SlotTable:
     adapter does not touch this projection.
     """
 
-    blocks: Int[Array, "slots max_blocks"]
-    counts: Int[Array, " slots"]
-    scales: Float[Array, "slots max_blocks"]
+    blocks: Any  # int32 [slots, max_blocks]
+    counts: Any  # int32 [slots]
+    scales: Any  # float32 [slots, max_blocks]
 
 
 @typing.no_type_check

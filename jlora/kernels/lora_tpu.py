@@ -84,9 +84,7 @@ def _check_dtypes(**arrays) -> None:
 
 def _check_rank(rank: int) -> None:
     if rank not in (8, 16, 32, 64, 128):
-        raise NotImplementedError(
-            f"block rank {rank}; the TPU kernels take 8, 16, 32, 64 and 128"
-        )
+        raise NotImplementedError(f"block rank {rank}; the TPU kernels take 8, 16, 32, 64 and 128")
 
 
 def _copies(work: _Work, step, g, source, buffer, sems, method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ ACTIVATIONS = {
 class RowPool:
     """The adapters of one projection on the device (a row of the adapter pool)."""
 
-    a: Float[Array, "layers blocks parts rank d_in"]
-    b: Float[Array, "layers blocks rank d_out"]
+    a: Any  # [layers, blocks, parts, rank, d_in]
+    b: Any  # [layers, blocks, rank, d_out]
     slots: SlotTable
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,14 @@ class Weight:
     spec: PartitionSpec
     rows_order: np.ndarray | None = None
     transposed: bool = False
+
+
+class LoadedModel(NamedTuple):
+    """A model split as nnx.split does: its graph, its weights, and how they are divided."""
+
+    graph: Any  # nnx.GraphDef
+    params: Any  # nnx.State of arrays
+    specs: Any  # nnx.State of PartitionSpecs
 
 
 def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
@@ -115,8 +123,8 @@ def load_model(
     revision: str | None = None,
     dummy_seed: int | None = None,
     progress: bool = True,
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The model's graph, its sharded weights, and their PartitionSpecs (same tree).
+) -> LoadedModel:
+    """Loads a model onto the devices of a mesh.
 
     model: a folder or Hub repository with safetensors. dummy_seed: random weights instead.
     """
@@ -131,10 +139,10 @@ def load_model(
     else:
         arrays = _read_weights(table, config, find_checkpoint(model, revision), mesh, progress)
     specs = {weight.path: weight.spec for weight in table}
-    return graph, _as_state(empty, arrays), _as_state(empty, specs)
+    return LoadedModel(graph, _as_state(empty, arrays), _as_state(empty, specs))
 
 
-def _as_state(like: nnx.State, values: dict[Path_, Any]) -> nnx.State:
+def _as_state(like: Any, values: dict[Path_, Any]) -> Any:
     """A tree of the same structure with these leaves."""
     flat = [(path, leaf.replace(values[tuple(path)])) for path, leaf in nnx.to_flat_state(like)]
     return nnx.from_flat_state(flat)

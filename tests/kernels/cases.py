@@ -303,7 +303,7 @@ LORA_CASES = [
     LoRACase(
         "512-tokens-128-slots",
         512,
-        tuple(1 + (37 * slot) % 128 for slot in range(127)) + (256,),
+        (*(1 + 37 * slot % 128 for slot in range(127)), 256),
         576,
         (1000,),
         without=0.1,

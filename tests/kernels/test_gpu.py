@@ -72,7 +72,7 @@ EVERY_CALL = [
 ]
 
 
-@pytest.mark.parametrize("make_call, case", EVERY_CALL)
+@pytest.mark.parametrize(("make_call", "case"), EVERY_CALL)
 def test_lowers_to_triton(make_call, case):
     """Shapes, masks and primitives that Triton would refuse are refused without a GPU, too."""
     call = make_call(case)

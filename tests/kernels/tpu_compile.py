@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import re
 
 import jax
 import numpy as np
@@ -13,6 +16,8 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 
 
 def devices(chip: str):
+    # By default libtpu serves one process a machine, as a TPU does; its compiler need not.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices
 
 
@@ -41,3 +46,16 @@ def compile_for(chip: str, function, *args, donate: tuple[int, ...] = ()):
     args = jax.tree.map(described, args)
     with target(chip):
         return jax.jit(function, donate_argnums=donate).lower(*args).compile()
+
+
+def size(leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def makers(executable, leaf) -> set[str]:
+    """The operations of the optimised program whose result is, or contains, an array like this."""
+    name = {"bfloat16": "bf16", "float32": "f32"}[leaf.dtype.name]
+    array = f"{name}[{','.join(map(str, leaf.shape))}]"
+    instruction = re.compile(r"^\s*(?:ROOT )?%\S+ = (.+?) ([a-z][\w-]*)\(", re.MULTILINE)
+    found = instruction.findall(executable.as_text())
+    return {operation for result, operation in found if array in result}

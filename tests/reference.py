@@ -1,0 +1,203 @@
+"""Random models and adapters, and what transformers and PEFT answer with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+VOCAB = 101
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    # Large, so that the answers depend on every weight and are not the same token for ever.
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TIE = 1e-4  # logits closer than this may be ordered either way
+
+
+def rope(rope_type: str, **parameters) -> dict:
+    """The rope_parameters entry of a configuration."""
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+LLAMA3_ROPE = rope(
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+LONGROPE = rope(
+    "longrope",
+    short_factor=[1.0 + 0.05 * i for i in range(8)],
+    long_factor=[1.5 + 0.5 * i for i in range(8)],
+    original_max_position_embeddings=96,
+    factor=4.0,
+)
+# Family -> (model_type, differences from SIZES).
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama2": ("llama", {"num_key_value_heads": 6, "head_dim": 8}),
+    "llama3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "llama3.1": ("llama", LLAMA3_ROPE),
+    "llama3.2": ("llama", {**LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 24}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("llama", rope("linear", factor=2.0)),
+    "llama-dynamic": ("llama", {**rope("dynamic", factor=2.0), "max_position_embeddings": 96}),
+    "llama-yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "llama-longrope": ("llama", LONGROPE),
+    "mistral": ("mistral", {"sliding_window": 24}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "head_dim": None}),
+    "qwen2-window": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+            "head_dim": None,
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+}
+
+
+def make_model(family: str, folder: Path, seed: int = 0, **changes) -> torch.nn.Module:
+    """A random model of the family, saved to the folder (two shards), biases and norms random."""
+    model_type, differences = FAMILIES[family]
+    sizes = {**SIZES, **differences, **changes}
+    config = transformers.AutoConfig.for_model(
+        model_type, **{key: value for key, value in sizes.items() if value is not None}
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            elif "norm" in name:
+                parameter.normal_(1, 0.1)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return model
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapter_kinds(rank_limit: int = 64) -> dict[str, dict]:
+    """LoraConfig arguments of adapters of different ranks and kinds."""
+    kinds = {
+        "all-8": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
+        "qv-4": {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+        "mlp-16": {"r": 16, "lora_alpha": 8, "target_modules": ["gate_proj", "down_proj"]},
+        "rslora-24": {"r": 24, "lora_alpha": 12, "target_modules": ALL, "use_rslora": True},
+        "patterns": {
+            "r": 6,
+            "lora_alpha": 6,
+            "target_modules": ALL,
+            "rank_pattern": {"q_proj": 3, "layers.1.mlp.down_proj": 20},
+            "alpha_pattern": {"v_proj": 9, "layers.0.*": 2},
+        },
+        "one-layer-1": {"r": 1, "target_modules": ["o_proj", "up_proj"], "layers_to_transform": [1]},
+        "all-64": {"r": 64, "lora_alpha": 32, "target_modules": "all-linear"},
+    }
+    return {name: kind for name, kind in kinds.items() if kind["r"] <= rank_limit}
+
+
+def make_adapter(model_folder: Path, folder: Path, seed: int = 0, size: float = 0.25, **kind) -> None:
+    """Saves a random adapter as PEFT does; lora_B is random too, so that it changes the answers."""
+    torch.manual_seed(seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float()
+    model = get_peft_model(base, LoraConfig(**kind))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, size)
+    model.save_pretrained(str(folder))
+
+
+class Reference:
+    """PEFT's answers, one sequence at a time, without a cache."""
+
+    def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
+        """Loads the base and every adapter."""
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float().eval()
+        for name, folder in adapters.items():
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(folder), adapter_name=name)
+            else:
+                self.model = PeftModel.from_pretrained(
+                    self.model, str(folder), adapter_name=name
+                ).eval()
+        self.model.eval()
+
+    @torch.no_grad()
+    def logprobs(self, tokens: list[int], adapter: str | None) -> np.ndarray:
+        """[tokens, vocab] log-probabilities of what follows each token."""
+        ids = torch.tensor([tokens])
+        if not isinstance(self.model, PeftModel):
+            logits = self.model(ids).logits
+        elif adapter is None:
+            with self.model.disable_adapter():
+                logits = self.model(ids).logits
+        else:
+            self.model.set_adapter(adapter)
+            logits = self.model(ids).logits
+        return torch.log_softmax(logits[0].double(), dim=-1).numpy()
+
+
+@dataclasses.dataclass
+class Comparison:
+    """What `compare` found."""
+
+    tokens: int = 0
+    ties: int = 0
+    differences: list[str] = dataclasses.field(default_factory=list)
+    worst_logprob: float = 0.0
+
+
+def compare(
+    found: Comparison,
+    reference: Reference,
+    prompt: list[int],
+    adapter: str | None,
+    answer: list[int],
+    logprobs: list[dict] | None = None,
+) -> None:
+    """Checks a greedy answer by teacher forcing: every token must be the reference's best.
+
+    Where the two best logits are within TIE either is right (and counted).
+    """
+    expected = reference.logprobs(prompt + answer, adapter)[len(prompt) - 1 : -1]
+    for index, (token, row) in enumerate(zip(answer, expected, strict=True)):
+        found.tokens += 1
+        order = np.argsort(-row)
+        if token != order[0]:
+            if row[order[0]] - row[token] < TIE:
+                found.ties += 1
+            else:
+                found.differences.append(
+                    f"{adapter}, prompt of {len(prompt)}: token {index} is {token}, PEFT's "
+                    f"{order[0]} (by {row[order[0]] - row[token]:.2g})"
+                )
+        if logprobs is not None:
+            error = abs(logprobs[index][token].logprob - row[token])
+            found.worst_logprob = max(found.worst_logprob, float(error))
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Changes keys of an adapter's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
