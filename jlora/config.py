@@ -29,6 +29,12 @@ def require_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
+def require_bool(name: str, value: Any) -> None:
+    """Raises unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Limits of adapter serving.
@@ -62,12 +68,12 @@ class LoRAConfig:
         object.__setattr__(
             self, "lora_dtype", resolve_dtype(self.lora_dtype, "lora_dtype", auto="auto")
         )
-        if self.target_modules is not None:
-            if isinstance(self.target_modules, str) or not self.target_modules:
-                raise ValueError(
-                    f"target_modules must be a list of module names, not {self.target_modules!r}"
-                )
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        names = self.target_modules
+        if names is not None:
+            listed = isinstance(names, (list, tuple, set, frozenset)) and names
+            if not listed or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"target_modules must be a list of module names, not {names!r}")
+            object.__setattr__(self, "target_modules", tuple(names))
         if self.lora_pool_blocks is not None:
             require_int("lora_pool_blocks", self.lora_pool_blocks, self.max_blocks)
 
@@ -188,6 +194,11 @@ class EngineArgs:
             raise ValueError(
                 f"load_format={self.load_format!r} is not supported; use auto, safetensors or dummy"
             )
+        for name in ("enforce_eager", "skip_tokenizer_init", "disable_log_stats", "enable_lora"):
+            require_bool(name, getattr(self, name))
+        if self.enable_prefix_caching is not None:
+            require_bool("enable_prefix_caching", self.enable_prefix_caching)
+        require_int("seed", self.seed, 0)
         require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         require_int("max_num_seqs", self.max_num_seqs, 1)
         require_int("max_logprobs", self.max_logprobs, 0)
@@ -200,25 +211,23 @@ class EngineArgs:
         ):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
-            )
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization={share!r} must be above 0, at most 1")
         resolve_dtype(self.dtype, "dtype", auto="auto")
-        if self.enable_lora:
-            self.lora_config()
+        self._lora_limits()
 
     def lora_config(self) -> LoRAConfig | None:
         """The adapter limits, or None when LoRA is off."""
-        if not self.enable_lora:
-            return None
-        modules = self.lora_target_modules
+        return self._lora_limits() if self.enable_lora else None
+
+    def _lora_limits(self) -> LoRAConfig:
         return LoRAConfig(
             max_lora_rank=self.max_lora_rank,
             max_loras=self.max_loras,
             max_cpu_loras=self.max_cpu_loras,
             lora_dtype=self.lora_dtype,
-            target_modules=None if modules is None else tuple(modules),
+            target_modules=self.lora_target_modules,  # type: ignore[arg-type]  # checked there
             lora_pool_blocks=self.lora_pool_blocks,
         )
 
@@ -228,7 +237,9 @@ class EngineArgs:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise TypeError(f"unknown argument {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            raise TypeError(
+                f"unknown argument {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
         return cls(**options)
 
 

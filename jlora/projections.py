@@ -7,7 +7,6 @@ the adapter pool, and the sharding. Widths here are those of Hugging Face; `colu
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +87,9 @@ def projection_table(config: ModelConfig) -> tuple[Projection, ...]:
             hidden,
             "out",
         ),
-        Projection("o", "self_attn", (Part("o_proj", hidden, 1, config.o_bias),), heads * dim, "in"),
+        Projection(
+            "o", "self_attn", (Part("o_proj", hidden, 1, config.o_bias),), heads * dim, "in"
+        ),
         Projection(
             "gate_up",
             "mlp",
@@ -131,10 +132,12 @@ class ModuleMap:
     def __init__(self, config: ModelConfig) -> None:
         self.num_layers = config.num_layers
         self.projections = projection_table(config)
-        self._parts = {
-            f"{projection.module}.{part.name}": (projection, index)
+        # Exact names only: "layers.01" is not another spelling of a layer.
+        self._places = {
+            self.name(projection, part, layer): ModulePlace(projection, part, layer)
+            for layer in range(self.num_layers)
             for projection in self.projections
-            for index, part in enumerate(projection.parts)
+            for part in range(len(projection.parts))
         }
 
     def name(self, projection: Projection, part: int, layer: int) -> str:
@@ -143,17 +146,8 @@ class ModuleMap:
 
     def place(self, name: str) -> ModulePlace | None:
         """Where the module lies, or None when the model has no such projection."""
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+\.\w+)", name)
-        if match is None or match[2] not in self._parts or int(match[1]) >= self.num_layers:
-            return None
-        projection, part = self._parts[match[2]]
-        return ModulePlace(projection, part, int(match[1]))
+        return self._places.get(name)
 
     def names(self) -> list[str]:
         """Every projection module of the model, layer by layer."""
-        return [
-            self.name(projection, part, layer)
-            for layer in range(self.num_layers)
-            for projection in self.projections
-            for part in range(len(projection.parts))
-        ]
+        return list(self._places)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jlora.config import require_int
+from jlora.config import require_bool, require_int
 
+_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what int32 and float32 on the device hold
 MAX_LOGIT_BIAS = 1024  # entries a request, min_tokens' stop tokens included
 
 
@@ -29,16 +31,19 @@ class LoRARequest:
     components: None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lora_int_id, int) or self.lora_int_id < 1:
-            raise ValueError(f"lora_int_id must be an integer from 1, not {self.lora_int_id!r}")
+        number = self.lora_int_id
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"lora_int_id must be an integer from 1, not {number!r}")
         if not self.lora_name or not isinstance(self.lora_name, str):
             raise ValueError(f"lora_name must be a name, not {self.lora_name!r}")
         if self.components is not None:
             raise NotImplementedError("LoRARequest(components=...) is not supported yet")
         if not isinstance(self.lora_path, str) or not self.lora_path:
             raise ValueError(
-                f"adapter {self.lora_name!r}: lora_path must be a folder or a Hub repository"
+                f"adapter {self.lora_name!r}: lora_path must be the name of a folder or of a Hub "
+                f"repository, a string, not {self.lora_path!r}"
             )
+        require_bool(f"adapter {self.lora_name!r}: load_inplace", self.load_inplace)
 
     @property
     def adapter_id(self) -> int:
@@ -64,8 +69,13 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2
 
 
-def _strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+def _listed(name: str, value: Any) -> tuple:
+    """A list argument as a tuple; None is empty, a string alone is one entry."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ValueError(f"{name} must be a list, not {value!r}")
+    return tuple(value)
 
 
 @dataclass
@@ -113,36 +123,58 @@ class SamplingParams:
                 )
         self.top_k = 0 if self.top_k == -1 else self.top_k
         require_int("top_k", self.top_k, 0)
+        for name in ("min_tokens", "top_k"):
+            if getattr(self, name) > _LARGEST_INT:
+                raise ValueError(f"{name}={getattr(self, name)} is above {_LARGEST_INT}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 0)
-        if self.seed is not None and not isinstance(self.seed, int):
+        if not isinstance(self.seed, (int, type(None))) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, not {self.seed!r}")
+        self._check_ranges()
+        self.stop = _listed("stop", self.stop)
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise ValueError(f"stop must be non-empty strings, not {self.stop!r}")
+        self.stop_token_ids = _listed("stop_token_ids", self.stop_token_ids)
+        for token in self.stop_token_ids:
+            require_int("stop_token_ids", token, 0)
+        self.logit_bias = self._checked_bias()
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
+        require_bool("detokenize", self.detokenize)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind must be a RequestOutputKind, not {self.output_kind!r}")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+
+    def _check_ranges(self) -> None:
         for name, low, high in (
-            ("temperature", 0.0, float("inf")),
+            ("temperature", 0.0, _LARGEST_FLOAT),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 0.0, float("inf")),
+            ("repetition_penalty", 0.0, _LARGEST_FLOAT),
         ):
             value = getattr(self, name)
             open_end = name in ("top_p", "repetition_penalty") and value == 0
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, not {value!r}")
-            if not low <= value <= high or open_end or value == float("inf"):
+            if not low <= value <= high or open_end:
                 raise ValueError(f"{name}={value} is outside {low} .. {high}")
-        self.stop = _strings(self.stop)
-        if not all(isinstance(one, str) and one for one in self.stop):
-            raise ValueError(f"stop must be non-empty strings, not {self.stop!r}")
-        self.stop_token_ids = tuple(self.stop_token_ids or ())
-        for token in self.stop_token_ids:
-            require_int("stop_token_ids", token, 0)
-        self.logit_bias = dict(self.logit_bias or {})
-        for token in self.logit_bias:
+
+    def _checked_bias(self) -> dict[int, float]:
+        if not isinstance(self.logit_bias, (Mapping, type(None))):
+            raise ValueError(
+                f"logit_bias must be a dictionary of token ids and numbers, not {self.logit_bias!r}"
+            )
+        for token, value in (self.logit_bias or {}).items():
             require_int("logit_bias token", token, 0)
-        if self.stop and not self.detokenize:
-            raise ValueError("stop strings need detokenize=True")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            forbidden = number and value == -float("inf")
+            if not forbidden and not (number and abs(value) <= _LARGEST_FLOAT):
+                raise ValueError(f"logit_bias of token {token} must be a number, not {value!r}")
+        return dict(self.logit_bias or {})
 
     @property
     def greedy(self) -> bool:
@@ -220,14 +252,28 @@ def parse_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
         return prompt, None
     if not isinstance(prompt, Mapping):
         raise ValueError(
-            f"a prompt is a string or a dictionary with prompt_token_ids, not {type(prompt).__name__}"
+            "a prompt is a string or a dictionary with prompt_token_ids, not "
+            f"{type(prompt).__name__}"
         )
     unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
     if unknown:
         raise ValueError(f"prompt key {', '.join(map(str, unknown))} is not supported")
-    tokens = prompt.get("prompt_token_ids")
-    if tokens is not None:
-        return prompt.get("prompt"), [int(token) for token in tokens]
-    if not isinstance(prompt.get("prompt"), str):
-        raise ValueError("a prompt dictionary needs prompt (a string) or prompt_token_ids")
-    return prompt["prompt"], None
+    text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if not isinstance(text, str if tokens is None else (str, type(None))):
+        raise ValueError(
+            f"a prompt dictionary needs prompt (a string, not {text!r}) or prompt_token_ids"
+        )
+    return text, None if tokens is None else _token_ids(tokens)
+
+
+def _token_ids(tokens: Any) -> list[int]:
+    """Integers of any kind as ints; a float is refused, not rounded."""
+    if not isinstance(tokens, Iterable):
+        raise ValueError(f"prompt_token_ids must be a list of integers, not {tokens!r}")
+    ids = []
+    for token in tokens:
+        try:
+            ids.append(operator.index(token))
+        except TypeError as error:
+            raise ValueError(f"prompt_token_ids must be integers, not {token!r}") from error
+    return ids

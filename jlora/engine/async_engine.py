@@ -11,6 +11,8 @@ from jlora.config import EngineArgs
 from jlora.engine.llm_engine import LLMEngine
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
+Stream = asyncio.Queue[RequestOutput | Exception | None]  # None: aborted, nothing more comes
+
 
 class AsyncLLMEngine:
     """LLMEngine's methods, awaitable; `generate` yields a request's outputs as they come."""
@@ -19,7 +21,7 @@ class AsyncLLMEngine:
         """Takes the engine over: nobody else may call it."""
         self.engine = engine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jlora-engine")
-        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._streams: dict[str, Stream] = {}
         self._stepping: asyncio.Task[None] | None = None
 
     @classmethod
@@ -41,8 +43,7 @@ class AsyncLLMEngine:
         """Yields outputs until the request is finished; leaving the loop early aborts it."""
         if request_id in self._streams:
             raise ValueError(f"request {request_id} is running already")
-        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        self._streams[request_id] = stream
+        stream = self._streams[request_id] = Stream()
         finished = False
         try:
             await self._call(
@@ -55,6 +56,8 @@ class AsyncLLMEngine:
             self._wake()
             while not finished:
                 output = await stream.get()
+                if output is None:
+                    return
                 if isinstance(output, Exception):
                     raise output
                 finished = output.finished
@@ -80,11 +83,11 @@ class AsyncLLMEngine:
                 stream.put_nowait(error)
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its stream gets no more outputs than it has."""
+        """Ends a request; its stream ends after the outputs that it has."""
         await self._call(self.engine.abort_request, request_id)
         stream = self._streams.get(request_id)
         if stream is not None:
-            stream.put_nowait(asyncio.CancelledError(f"request {request_id} was aborted"))  # type: ignore[arg-type]
+            stream.put_nowait(None)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """See LLMEngine.add_lora."""

@@ -44,6 +44,9 @@ class Detokenizer:
         """
         self._window.append(token)
         old, new = self._decode(self._window[: self._read]), self._decode(self._window)
+        if new == old:  # a skipped token: no neighbour for the next, which would lose its space
+            self._window.pop()
+            return False
         if new.endswith(INCOMPLETE) or len(new) < len(old):
             self._held = new[len(old) :]
             return False

@@ -32,11 +32,12 @@ class InputProcessor:
                 args.tokenizer or args.model,
                 revision=args.tokenizer_revision if args.tokenizer else args.revision,
             )
-        self.generation_defaults = _generation_config(args.model)
+        self.generation_defaults = generation_config(args.model, args.revision)
         eos = self.generation_defaults.get("eos_token_id")
         listed = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         own = getattr(self.tokenizer, "eos_token_id", None)
-        self.eos_ids = frozenset(model.eos_token_ids + listed + (() if own is None else (own,)))
+        ends = model.eos_token_ids + listed + (() if own is None else (own,))
+        self.eos_ids = frozenset(token for token in ends if 0 <= token < model.vocab_size)
 
     def process(
         self,
@@ -129,12 +130,15 @@ class InputProcessor:
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})
 
 
-def _generation_config(model: str) -> dict[str, Any]:
-    path: Any = Path(model) / "generation_config.json"
+def generation_config(model: str, revision: str | None) -> dict[str, Any]:
+    """The generation_config.json of a folder or Hub repository, empty when it has none."""
+    path = Path(model) / "generation_config.json"
     if not Path(model).is_dir():
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
-        path = try_to_load_from_cache(model, "generation_config.json")
-    if isinstance(path, (str, Path)) and Path(path).is_file():
-        return json.loads(Path(path).read_text())
-    return {}
+        try:
+            path = Path(hf_hub_download(model, path.name, revision=revision))
+        except EntryNotFoundError:  # also: offline, and not in the cache
+            return {}
+    return json.loads(path.read_text()) if path.is_file() else {}

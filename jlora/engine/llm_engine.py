@@ -17,7 +17,7 @@ from jlora.config import EngineArgs, LoRAConfig, ModelConfig
 from jlora.engine import memory
 from jlora.engine.adapter_pool import AdapterPool, pool_bytes
 from jlora.engine.inputs import InputProcessor
-from jlora.engine.kv_pages import PageAllocator, root_hash
+from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
 from jlora.engine.runner import ModelRunner, RunnerConfig, StepResult
 from jlora.engine.sampler import variant_of
@@ -93,8 +93,8 @@ class LLMEngine:
         max_model_len = args.max_model_len or model.max_position_embeddings
         if max_model_len > model.max_position_embeddings:
             raise ValueError(
-                f"max_model_len={max_model_len} is above the model's max_position_embeddings="
-                f"{model.max_position_embeddings}"
+                f"max_model_len={max_model_len} is above the {model.max_position_embeddings} "
+                "positions of the model"
             )
         max_tokens = args.max_num_batched_tokens or max(MAX_BATCHED_TOKENS, args.max_num_seqs)
         if max_tokens < args.max_num_seqs:
@@ -185,35 +185,34 @@ class LLMEngine:
         )
         if arrival_time is not None:
             request.metrics.arrival_time = arrival_time
-        root = self._root(request)
+        self._check_adapter(request)
         for index in range(request.params.n):
-            sequence = self._sequence(request, index, root)
+            sequence = self._sequence(request, index)
             request.sequences.append(sequence)
             self.scheduler.add(sequence)
         self._requests[request_id] = request
 
-    def _root(self, request: RequestState) -> bytes:
-        adapter, lora_request = "", request.lora_request
-        if lora_request is not None:
-            if self.lora is None:
-                raise ValueError(
-                    f"request {request.request_id} names adapter {lora_request.lora_name!r}, but "
-                    "the engine was made without enable_lora=True"
-                )
-            adapter = self.lora.check(lora_request)
-        limit = self.model_config.rope.length_dependent_from
-        length = len(request.prompt_token_ids)
-        return root_hash(adapter, length if limit is not None and length > limit else 0)
+    def _check_adapter(self, request: RequestState) -> None:
+        lora_request = request.lora_request
+        if lora_request is None:
+            return
+        if self.lora is None:
+            raise ValueError(
+                f"request {request.request_id} names adapter {lora_request.lora_name!r}, but the "
+                "engine was made without enable_lora=True"
+            )
+        self.lora.check(lora_request)
 
-    def _sequence(self, request: RequestState, index: int, root: bytes) -> Sequence:
+    def _sequence(self, request: RequestState, index: int) -> Sequence:
         seed = request.params.seed
         if seed is None:
             seed = int(self._seeds.integers(2**31))
         mixed = int(np.random.SeedSequence((abs(seed), seed < 0, index)).generate_state(1)[0] >> 1)
         tokens = list(request.prompt_token_ids)
-        return Sequence(
-            request, index, mixed, tokens, len(tokens), root, self.inputs.detokenizer(request)
-        )
+        limit = self.model_config.rope.length_dependent_from
+        rope_length = len(tokens) if limit is not None and len(tokens) > limit else 0
+        detokenizer = self.inputs.detokenizer(request)
+        return Sequence(request, index, mixed, tokens, len(tokens), rope_length, detokenizer)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """Ends requests at once; unknown ids are passed over, as they may have just finished."""
@@ -280,7 +279,7 @@ class LLMEngine:
                 if entry.sample and tokens is not None:
                     sequence.in_flight -= 1
                     self._append(sequence, int(tokens[index]), logprobs, index)
-                changed[sequence.request.request_id] = sequence.request
+                    changed[sequence.request.request_id] = sequence.request
             first += entry.count
 
     def _append(self, sequence: Sequence, token: int, logprobs: Any, index: int) -> None:

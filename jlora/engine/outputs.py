@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-
 from jlora.engine.sampler import TokenLogprobs
 from jlora.engine.scheduler import Entry
 from jlora.engine.sequence import RequestState, Sequence
@@ -91,7 +90,8 @@ def request_output(request: RequestState) -> RequestOutput | None:
         return None
     if finished:
         request.metrics.finished_time = time.time()
-    completions = [_completion(sequence, kind) for sequence in request.sequences]
+    sequences = [sequence for sequence in request.sequences if not sequence.reported_end]
+    completions = [_completion(sequence, kind) for sequence in sequences]
     if kind is RequestOutputKind.DELTA:
         completions = [one for one in completions if one.token_ids or one.text or one.finished()]
     if not completions:
@@ -119,6 +119,7 @@ def _completion(sequence: Sequence, kind: RequestOutputKind) -> CompletionOutput
         start, start_text = sequence.reported, sequence.reported_text
         sequence.reported = len(tokens)
         sequence.reported_text = max(len(text), start_text)
+        sequence.reported_end = sequence.finished
     return CompletionOutput(
         sequence.index,
         text[start_text:],

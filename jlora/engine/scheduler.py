@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from jlora.engine.kv_pages import PageAllocator, page_hash
+from jlora.engine.kv_pages import PageAllocator, page_hash, root_hash
 from jlora.engine.sequence import Sequence, Status
 from jlora.errors import AdapterError
 from jlora.manager import WorkerLoRAManager
@@ -155,6 +155,7 @@ class Scheduler:
     def _acquire_slot(self, sequence: Sequence) -> bool:
         request = sequence.request.lora_request
         if request is None or self.lora is None:
+            sequence.root = root_hash("", sequence.rope_length)
             return True
         try:
             slot = self.lora.acquire(request)
@@ -164,6 +165,8 @@ class Scheduler:
         if slot is None:
             return False
         sequence.slot = slot
+        # Not earlier: its files may have changed while the request waited.
+        sequence.root = root_hash(self.lora.identity(request.lora_int_id), sequence.rope_length)
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:

@@ -29,7 +29,8 @@ class Sequence:
     """The tokens of one answer, and what of the device they hold.
 
     tokens: prompt and known output. num_computed: positions whose KV is written by the steps
-    dispatched so far. in_flight: sampled tokens that the host has not read yet.
+    dispatched so far. in_flight: sampled tokens that the host has not read yet. rope_length: see
+    kv_pages.root_hash. root: of the adapter's version that acts, so known when it starts to run.
     """
 
     request: RequestState
@@ -37,13 +38,14 @@ class Sequence:
     seed: int
     tokens: list[int]
     num_prompt: int
-    root: bytes
+    rope_length: int
     detokenizer: Detokenizer | None
     status: Status = Status.WAITING
     num_computed: int = 0
     in_flight: int = 0
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    root: bytes = b""
     row: int = -1
     slot: int = -1
     logprobs: Logprobs = field(default_factory=list)
@@ -52,6 +54,7 @@ class Sequence:
     stop_reason: int | str | None = None
     reported: int = 0  # tokens in the last delta
     reported_text: int = 0
+    reported_end: bool = False
 
     @property
     def length(self) -> int:

@@ -43,7 +43,7 @@ def query_tiles(
     counts = jnp.where(real, (jnp.diff(cu_q_lens) + tile - 1) // tile, 0)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     index = jnp.arange(tokens // tile + seqs, dtype=jnp.int32)
-    seq = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    seq = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     seq = jnp.minimum(seq, seqs - 1)
     first_tile = ends - counts
     return QueryTiles(seq, (index - first_tile[seq]) * tile, ends[-1], first_tile, tile)
@@ -52,7 +52,7 @@ def query_tiles(
 def token_sequences(cu_q_lens: Int[Array, " seqs_1"], tokens: int) -> Int[Array, " tokens"]:
     """The sequence of each token of a step; padding tokens get the last one."""
     index = jnp.arange(tokens, dtype=jnp.int32)
-    seq = jnp.searchsorted(cu_q_lens[1:], index, side="right").astype(jnp.int32)
+    seq = jnp.searchsorted(cu_q_lens[1:], index, side="right", method="compare_all").astype(jnp.int32)
     return jnp.minimum(seq, cu_q_lens.shape[0] - 2)
 
 
@@ -122,8 +122,15 @@ def write_kv_xla(
 ) -> Float[Array, "pages page_size kv_heads_2 head_dim"]:
     """See `jlora.kernels.write_kv`."""
     pages, page_size, heads, head_dim = kv_pages.shape
-    new = jnp.stack([k, v], axis=2).reshape(-1, heads, head_dim).astype(kv_pages.dtype)
-    rows = pages * page_size
-    at = jnp.where(destinations < 0, rows, destinations)
-    flat = kv_pages.reshape(rows, heads, head_dim).at[at].set(new, mode="drop")
+    new = jnp.stack([k, v], axis=2).reshape(-1, 1, heads, head_dim).astype(kv_pages.dtype)
+    flat = kv_pages.reshape(pages * page_size, heads, head_dim)
+
+    order = jnp.argsort(destinations < 0)  # those to be written first
+
+    # One row at a time: a CPU scatters bfloat16 by converting all of the cache to float32.
+    def write(index, flat):
+        token = order[index]
+        return jax.lax.dynamic_update_slice_in_dim(flat, new[token], destinations[token], axis=0)
+
+    flat = jax.lax.fori_loop(0, jnp.sum(destinations >= 0), write, flat)
     return flat.reshape(kv_pages.shape)

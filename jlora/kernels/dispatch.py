@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def lora_shrink(
     slots: SlotTable,
     *,
     implementation: Implementation | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "splits tokens max_blocks parts rank"]:
     """x · Aᵀ with the blocks of each token's slot, for one layer of the pool.
 
@@ -82,7 +82,7 @@ def lora_expand(
     part_widths: tuple[int, ...],
     *,
     implementation: Implementation | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "tokens d_out"]:
     """y plus scale · h · Bᵀ of each token's blocks; y of tokens without an adapter is unchanged.
 
@@ -133,7 +133,7 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     implementation: Implementation | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "tokens heads head_dim"]:
     """Causal attention of each sequence's queries over its own pages.
 
@@ -145,8 +145,8 @@ def ragged_paged_attention(
     soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before the mask.
     Returns q's dtype; rows of padding tokens are unspecified but finite.
     """
-    tensors = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-    options = {"sm_scale": sm_scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    tensors: tuple[Any, ...] = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    options: dict[str, Any] = {"sm_scale": sm_scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
     match _resolve(implementation):
         case "gpu":
             return attention_gpu.ragged_paged_attention_gpu(
@@ -167,7 +167,7 @@ def write_kv(
     destinations: Int[Array, " tokens"],
     *,
     implementation: Implementation | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "pages page_size kv_heads_2 kv_head_dim"]:
     """kv_pages with the keys and values of the tokens written, in place when donated.
 

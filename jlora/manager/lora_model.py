@@ -64,7 +64,9 @@ class PackedLoRALayerWeights:
     parts: tuple[LoRALayerWeights | None, ...]
 
     @classmethod
-    def pack(cls, module_name: str, parts: Sequence[LoRALayerWeights | None]) -> PackedLoRALayerWeights:
+    def pack(
+        cls, module_name: str, parts: Sequence[LoRALayerWeights | None]
+    ) -> PackedLoRALayerWeights:
         """Puts the parts beside each other; they keep their own ranks and scales."""
         return cls(module_name, tuple(parts))
 
@@ -129,13 +131,16 @@ class LoRAModel:
         name: str | None = None,
         identity: str = "",
     ) -> LoRAModel:
-        """Places every tensor ("base_model.model.<module>.lora_A.weight") or raises AdapterError."""
+        """Places each tensor ("base_model.model.<module>.lora_A.weight") or raises AdapterError."""
         name = name or f"adapter {lora_model_id}"
         pairs: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in tensors.items():
             module, matrix = _parse_key(key, name)
             _check_target(module, key, peft_helper, modules, lora_config, name)
-            pairs.setdefault(module, {})[matrix] = tensor
+            pair = pairs.setdefault(module, {})
+            if matrix in pair:
+                raise AdapterError(f"{name}: {module}.{matrix}.weight is there twice, as {key} too")
+            pair[matrix] = tensor
         if not pairs:
             raise AdapterError(f"{name}: the file holds no tensors")
         loras = {
@@ -150,7 +155,7 @@ def _parse_key(key: str, name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])\.weight", key)
     if match is None:
         raise AdapterError(
-            f"{name}: tensor {key} is not supported; expected <module>.lora_A.weight or "
+            f"{name}: tensor {key!r} is not supported; expected <module>.lora_A.weight or "
             "<module>.lora_B.weight"
         )
     return match[1], match[2]
@@ -197,7 +202,8 @@ def _layer(
     rank = helper.rank(module)
     if rank > lora_config.max_lora_rank:
         raise AdapterError(
-            f"{name}: rank {rank} of {module} is above max_lora_rank={lora_config.max_lora_rank}"
+            f"{name}: rank {rank} of {module} is above max_lora_rank={lora_config.max_lora_rank}; "
+            f"{rank} or more would take it"
         )
     place = modules.place(module)
     assert place is not None  # _check_target has looked
@@ -215,8 +221,18 @@ def _layer(
                 f"{name}: {module}.{matrix}.weight is {tensor.dtype}, expected a floating point "
                 "dtype (float32, float16 or bfloat16)"
             )
-        if not np.isfinite(tensor).all():
-            raise AdapterError(f"{name}: {module}.{matrix}.weight holds NaN or infinity")
+        if not _finite(tensor):
+            raise AdapterError(
+                f"{name}: {module}.{matrix}.weight holds NaN or infinity, or a number too large "
+                "for float32"
+            )
     return LoRALayerWeights(
         module, rank, helper.alpha(module), pair["lora_A"], pair["lora_B"], helper.scaling(module)
     )
+
+
+def _finite(tensor: np.ndarray) -> bool:
+    """Whether every number is finite, also as float32: float64 is served so."""
+    if tensor.dtype == np.float64:
+        return bool((np.abs(tensor) <= np.finfo(np.float32).max).all())
+    return bool(np.isfinite(tensor).all())

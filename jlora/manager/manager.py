@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterInUseError
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 class LoRAModelManager:
     """Adapters in host memory (least recently used first) and in the slots of the device.
 
-    Every adapter in a slot is on the host too. An adapter that is pinned, or acquired by a running
-    request, is evicted from neither.
+    Every adapter in a slot is on the host too. An adapter that is held, that is, pinned or
+    acquired by a running request, is in a slot and is evicted from neither.
     """
 
     def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
@@ -30,7 +31,7 @@ class LoRAModelManager:
         self.modules, self.lora_config = modules, lora_config
         self._adapters: OrderedDict[int, LoRAModel] = OrderedDict()
         self._slots: OrderedDict[int, int] = OrderedDict()  # adapter -> slot, by last use
-        self._free_slots = list(range(self.lora_slots - 1, -1, -1))
+        self._free_slots = set(range(self.lora_slots))
         self._pinned: set[int] = set()
         self._users: dict[int, int] = {}
         rows = modules.projections
@@ -81,6 +82,16 @@ class LoRAModelManager:
         """Whether the adapter is pinned."""
         return adapter_id in self._pinned
 
+    @property
+    def pinned(self) -> set[int]:
+        """The pinned adapters."""
+        return set(self._pinned)
+
+    @property
+    def held(self) -> set[int]:
+        """The adapters that are pinned or in use; each has a slot."""
+        return self._pinned | self._users.keys()
+
     def _evictable(self, adapter_id: int) -> bool:
         return adapter_id not in self._users and adapter_id not in self._pinned
 
@@ -111,12 +122,30 @@ class LoRAModelManager:
             if oldest is None:
                 raise AdapterInUseError(
                     f"all {self.capacity} adapters on the host are pinned or in use; raise "
-                    "max_cpu_loras or unpin one"
+                    "max_cpu_loras or remove one"
                 )
             self.remove_adapter(oldest)
             logger.info("evicted adapter %d from the host", oldest)
         self._adapters[lora.id] = lora
         return True
+
+    def replace_adapter(self, lora: LoRAModel) -> None:
+        """Puts another version in the place of a registered adapter; it keeps its pin.
+
+        Raises AdapterInUseError, and changes nothing, while running requests use the old version
+        or when a pinned one would no longer fit.
+        """
+        pinned = lora.id in self._pinned
+        needs = {lora.id: blocks_needed(lora, self.modules)}
+        if pinned and lora.id not in self._users and not self.fits(needs, beside=self.held):
+            raise AdapterInUseError(
+                f"the new version of pinned adapter {lora.id} takes more rank blocks than adapters "
+                "pinned or in use leave; raise lora_pool_blocks or remove one"
+            )
+        self.remove_adapter(lora.id)
+        self.add_adapter(lora)
+        if pinned:
+            self.pin_adapter(lora.id)
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets an adapter, pinned or not; False when it is not there.
@@ -125,13 +154,7 @@ class LoRAModelManager:
         """
         if adapter_id not in self._adapters:
             return False
-        if adapter_id in self._users:
-            raise AdapterInUseError(
-                f"adapter {adapter_id} is in use by {self._users[adapter_id]} running requests; "
-                "remove it when they have finished"
-            )
         self.deactivate_adapter(adapter_id)
-        self._pinned.discard(adapter_id)
         del self._adapters[adapter_id]
         return True
 
@@ -147,10 +170,19 @@ class LoRAModelManager:
         """Whether a slot is free or can be made so."""
         return bool(self._free_slots) or any(map(self._evictable, self._slots))
 
-    def can_ever_activate(self, adapter_id: int) -> bool:
-        """Whether the adapter has, or will have when running requests end, a slot."""
-        return adapter_id in self._slots or any(
-            other not in self._pinned for other in self.lora_index_to_id
+    def fits(self, needs: Mapping[int, Mapping[str, int]], beside: set[int]) -> bool:
+        """Whether adapters can be active at once when, of the others, only `beside` stay.
+
+        needs: what `blocks_needed` says of each of them. beside: adapters that are active now;
+        those that are in needs too count as needs says.
+        """
+        others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
+        if len(others) + len(needs) > self.lora_slots:
+            return False
+        return all(
+            sum(one[name] for one in needs.values()) + int(slot_map.counts[others].sum())
+            <= self.lora_config.pool_blocks
+            for name, slot_map in self.slot_maps.items()
         )
 
     def can_activate(self, adapter_id: int) -> bool:
@@ -158,16 +190,15 @@ class LoRAModelManager:
         if adapter_id in self._slots:
             return True
         lora = self._adapters.get(adapter_id)
-        if lora is None or not self.has_slot_room():
-            return False
-        return self._victims(lora) is not None
+        return lora is not None and self.can_place(blocks_needed(lora, self.modules))
 
-    def _victims(self, lora: LoRAModel) -> list[int] | None:
+    def can_place(self, needs: Mapping[str, int]) -> bool:
+        """Whether an adapter that is not active and takes these blocks could be so now."""
+        return self._victims(needs) is not None
+
+    def _victims(self, needs: Mapping[str, int]) -> list[int] | None:
         """The least recently used adapters that must leave their slots; None if it cannot be."""
-        missing = {
-            name: count - self.pools[name].num_free
-            for name, count in blocks_needed(lora, self.modules).items()
-        }
+        missing = {name: count - self.pools[name].num_free for name, count in needs.items()}
         need_slot, victims = not self._free_slots, []
         for adapter_id in filter(self._evictable, self._slots):
             if not need_slot and max(missing.values()) <= 0:
@@ -188,19 +219,20 @@ class LoRAModelManager:
             self.touch(adapter_id)
             return False
         lora = self._adapters[adapter_id]
-        victims = self._victims(lora)
+        needs = blocks_needed(lora, self.modules)
+        victims = self._victims(needs)
         if victims is None:
             raise AdapterInUseError(
                 f"no slot or rank blocks for adapter {adapter_id}: the adapters in the "
-                f"{self.lora_slots} slots are pinned or in use; raise max_loras or unpin one"
+                f"{self.lora_slots} slots are pinned or in use; raise max_loras or remove one"
             )
         for victim in victims:
             self.deactivate_adapter(victim)
             logger.info("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
-        slot = self._free_slots.pop()
+        slot = min(self._free_slots)  # as vLLM
+        self._free_slots.remove(slot)
         for row in self.modules.projections:
-            count = blocks_needed(lora, self.modules)[row.name]
-            blocks = self.pools[row.name].allocate(count)
+            blocks = self.pools[row.name].allocate(needs[row.name])
             self.slot_maps[row.name].set(slot, blocks)
             self._writes += [
                 BlockWrite(lora, self.modules, row, block, index)
@@ -213,14 +245,23 @@ class LoRAModelManager:
         return True
 
     def deactivate_adapter(self, adapter_id: int) -> bool:
-        """Frees the adapter's slot and blocks; False when it has none."""
+        """Frees the adapter's slot and blocks, pinned or not; False when it has none.
+
+        Raises AdapterInUseError while running requests use it.
+        """
+        if adapter_id in self._users:
+            raise AdapterInUseError(
+                f"adapter {adapter_id} is in use by {self._users[adapter_id]} running requests; "
+                "remove it when they have finished"
+            )
         slot = self._slots.pop(adapter_id, None)
         if slot is None:
             return False
+        self._pinned.discard(adapter_id)
         for name, slot_map in self.slot_maps.items():
             self.pools[name].release(slot_map.get(slot))
             slot_map.set(slot, [])
-        self._free_slots.append(slot)
+        self._free_slots.add(slot)
         self._writes = [write for write in self._writes if write.lora.id != adapter_id]
         self.version += 1
         return True

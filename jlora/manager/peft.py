@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jlora.errors import AdapterError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+_LARGEST = float(np.finfo(np.float32).max)
 # Keys of adapter_config.json that leave the served mathematics alone, whatever they hold.
 _NEUTRAL = {
     "auto_mapping",
@@ -51,6 +53,8 @@ _READ = {
     "target_modules",
     "use_rslora",
 }
+# Keys that PEFT takes as off when their list is empty; an empty value of others may switch them on.
+_OFF_WHEN_EMPTY = {"layer_replication", "modules_to_save", "target_parameters"}
 # Initialisations that leave the base weights as they were, so that the file defines the result.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -73,47 +77,24 @@ class PEFTHelper:
     def from_dict(cls, config: dict[str, Any], adapter: str = "adapter") -> PEFTHelper:
         """Checks a parsed adapter_config.json; every key must be understood or neutral."""
         if not isinstance(config, dict):
-            raise AdapterError(f"{adapter}: {CONFIG_NAME} holds a {type(config).__name__}, not a table")
-        if config.get("peft_type", "LORA") != "LORA":
             raise AdapterError(
-                f"{adapter}: peft_type is {config['peft_type']!r}; only LORA adapters are served"
+                f"{adapter}: {CONFIG_NAME} holds a {type(config).__name__}, expected a table"
             )
-        for key in sorted(set(config) - _READ - _NEUTRAL):
-            if config[key] not in (None, False, {}, []):
-                raise AdapterError(
-                    f"{adapter}: {key}={config[key]!r} in {CONFIG_NAME} is not supported"
-                )
-        if config.get("bias", "none") != "none":
-            raise AdapterError(f"{adapter}: bias={config['bias']!r} is not supported, only 'none'")
-        init = config.get("init_lora_weights", True)
-        if not any(init is one or (isinstance(one, str) and init == one) for one in _PLAIN_INITS):
-            raise AdapterError(
-                f"{adapter}: init_lora_weights={init!r} changes the base weights; save the adapter "
-                "with PEFT's path_initial_model_for_weight_conversion, which makes a plain one"
-            )
+        _refuse_what_is_not_served(config, adapter)
         if "r" not in config:
             raise AdapterError(f"{adapter}: {CONFIG_NAME} has no r (the rank)")
-        targets = config.get("target_modules")
+        targets = _names(config.get("target_modules"), "target_modules", adapter)
         if not targets:
             raise AdapterError(f"{adapter}: {CONFIG_NAME} has no target_modules")
         return cls(
             r=_rank(config["r"], "r", adapter),
             lora_alpha=_number(config.get("lora_alpha", 8), "lora_alpha", adapter),
-            target_modules=_names(targets, "target_modules", adapter),
-            use_rslora=bool(config.get("use_rslora", False)),
-            rank_pattern={
-                key: _rank(value, f"rank_pattern[{key!r}]", adapter)
-                for key, value in (config.get("rank_pattern") or {}).items()
-            },
-            alpha_pattern={
-                key: _number(value, f"alpha_pattern[{key!r}]", adapter)
-                for key, value in (config.get("alpha_pattern") or {}).items()
-            },
+            target_modules=targets,
+            use_rslora=_flag(config.get("use_rslora"), "use_rslora", adapter),
+            rank_pattern=_patterns(config.get("rank_pattern"), "rank_pattern", adapter, _rank),
+            alpha_pattern=_patterns(config.get("alpha_pattern"), "alpha_pattern", adapter, _number),
             exclude_modules=_names(config.get("exclude_modules"), "exclude_modules", adapter),
-            layers_to_transform=_names(
-                config.get("layers_to_transform"), "layers_to_transform", adapter
-            ),
-            layers_pattern=_names(config.get("layers_pattern"), "layers_pattern", adapter),
+            **_layers(config, targets, adapter),
         )
 
     def rank(self, module: str) -> int:
@@ -146,9 +127,9 @@ class PEFTHelper:
             return True
         patterns = self.layers_pattern or (r"[^.]*",)
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            match = re.match(_layer_regex(pattern), module)
             if match:
-                return int(match[1]) in ((layers,) if isinstance(layers, int) else layers)
+                return int(match["index"]) in ((layers,) if isinstance(layers, int) else layers)
         return False
 
 
@@ -158,13 +139,94 @@ def pattern_key(patterns: dict[str, Any], module: str) -> str:
     PEFT's rule: a key is a regular expression for everything after some dot, so "q_proj" matches
     every q_proj, "layers.1" nothing that has a longer name, and "layers.1.*" layer 11 as well.
     """
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    return next((key for key in patterns if re.match(_key_regex(key), module)), module)
+
+
+def _key_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
 
 
 def _named(names: str | tuple[str, ...] | None, module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+
+def _refuse_what_is_not_served(config: dict[str, Any], adapter: str) -> None:
+    if config.get("peft_type", "LORA") != "LORA":
+        raise AdapterError(
+            f"{adapter}: peft_type is {config['peft_type']!r}; only LORA adapters are served"
+        )
+    for key in sorted(set(config) - _READ - _NEUTRAL):
+        value = config[key]
+        if value is None or value is False or (value == [] and key in _OFF_WHEN_EMPTY):
+            continue
+        raise AdapterError(
+            f"{adapter}: {key}={value!r} in {CONFIG_NAME} is not supported; an adapter without it "
+            "(absent, null or false) can be served"
+        )
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{adapter}: bias={config['bias']!r} is not supported, only 'none'")
+    init = config.get("init_lora_weights", True)
+    if not any(init is one or (isinstance(one, str) and init == one) for one in _PLAIN_INITS):
+        raise AdapterError(
+            f"{adapter}: init_lora_weights={init!r} may change the base weights; save the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion, which makes a plain one"
+        )
+
+
+def _layers(config: dict[str, Any], targets: Any, adapter: str) -> dict[str, Any]:
+    """layers_to_transform and layers_pattern, refused where PEFT refuses them."""
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    listed = [layers] if isinstance(layers, int) else [] if layers is None else layers
+    whole = isinstance(listed, (list, tuple)) and all(type(one) is int for one in listed)
+    if not whole:
+        raise AdapterError(
+            f"{adapter}: layers_to_transform={layers!r} must be an integer or a list of integers"
+        )
+    patterns = _names(pattern, "layers_pattern", adapter)
+    for one in (patterns,) if isinstance(patterns, str) else patterns or ():
+        _check_regex(one, _layer_regex(one), "layers_pattern", adapter)
+    if isinstance(targets, str) and (layers is not None or pattern is not None):
+        raise AdapterError(
+            f"{adapter}: layers_to_transform and layers_pattern need a list of target_modules, "
+            f"not {targets!r}"
+        )
+    if patterns and layers is None:
+        raise AdapterError(f"{adapter}: layers_pattern={pattern!r} needs layers_to_transform")
+    frozen = tuple(layers) if isinstance(layers, (list, tuple)) else layers
+    return {"layers_to_transform": frozen, "layers_pattern": patterns}
+
+
+def _patterns(value: Any, key: str, adapter: str, check: Callable[[Any, str, str], Any]) -> dict:
+    """A table of regular expressions and values."""
+    if value is not None and not isinstance(value, dict):
+        raise AdapterError(f"{adapter}: {key}={value!r} must be a table of modules and numbers")
+    for pattern in value or {}:
+        _check_regex(pattern, _key_regex(pattern), key, adapter)
+    return {
+        pattern: check(one, f"{key}[{pattern!r}]", adapter)
+        for pattern, one in (value or {}).items()
+    }
+
+
+def _check_regex(shown: str, regex: str, key: str, adapter: str) -> None:
+    try:
+        re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(
+            f"{adapter}: {key} holds {shown!r}, which is not a regular expression: {error}"
+        ) from error
+
+
+def _flag(value: Any, key: str, adapter: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise AdapterError(f"{adapter}: {key}={value!r} must be true or false")
+    return bool(value)
 
 
 def _rank(value: Any, key: str, adapter: str) -> int:
@@ -174,18 +236,23 @@ def _rank(value: Any, key: str, adapter: str) -> int:
 
 
 def _number(value: Any, key: str, adapter: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise AdapterError(f"{adapter}: {key}={value!r} must be a finite number")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= _LARGEST:
+        raise AdapterError(f"{adapter}: {key}={value!r} must be a finite number (in float32)")
     return float(value)
 
 
-def _names(value: Any, key: str, adapter: str) -> Any:
-    """A string or an int as it is, a list as a tuple."""
-    if value is None or isinstance(value, (str, int)):
+def _names(value: Any, key: str, adapter: str) -> str | tuple[str, ...] | None:
+    """A regular expression as it is, a list of names as a tuple."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_regex(value, value, key, adapter)
         return value
-    if isinstance(value, (list, tuple, set)):
-        return tuple(value)
-    raise AdapterError(f"{adapter}: {key}={value!r} must be a string or a list")
+    listed = isinstance(value, (list, tuple, set))
+    if not listed or not all(isinstance(name, str) and name for name in value):
+        raise AdapterError(f"{adapter}: {key}={value!r} must be a string or a list of strings")
+    return tuple(value)
 
 
 def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
@@ -205,18 +272,18 @@ def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
     except Exception as error:
         raise AdapterError(
             f"{adapter}: {path} is neither a folder nor a Hub repository that can be read "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'})"
+            f"({type(error).__name__}: {(str(error) or 'no details').splitlines()[0]})"
         ) from error
 
 
 def read_adapter(folder: Path, adapter: str) -> tuple[PEFTHelper, dict[str, np.ndarray]]:
-    """The configuration of an adapter folder and its tensors, as memory-mapped numpy arrays."""
+    """The configuration of an adapter folder and its tensors; the files may change afterwards."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise AdapterError(f"{adapter}: {folder} has no {CONFIG_NAME}")
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{adapter}: {path} is not readable JSON: {error}") from error
     helper = PEFTHelper.from_dict(config, adapter)
     path = folder / WEIGHTS_NAME
@@ -226,9 +293,22 @@ def read_adapter(folder: Path, adapter: str) -> tuple[PEFTHelper, dict[str, np.n
         raise AdapterError(f"{adapter}: {folder} has no {WEIGHTS_NAME}{hint}")
     try:
         with safe_open(path, "numpy") as file:
-            return helper, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{adapter}: {path} is not a readable safetensors file: {error}") from error
+            names = list(file.keys())
+            return helper, {name: _tensor(file, name, adapter) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{adapter}: {path} is not a readable safetensors file: {error}"
+        ) from error
+
+
+def _tensor(file: Any, name: str, adapter: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError, ValueError) as error:  # a dtype that numpy has not
+        raise AdapterError(
+            f"{adapter}: tensor {name} is {file.get_slice(name).get_dtype()}, expected a floating "
+            "point dtype (float32, float16 or bfloat16)"
+        ) from error
 
 
 def file_identity(folder: Path) -> str:

@@ -6,13 +6,16 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError, AdapterInUseError
+from jlora.manager.blocks import blocks_needed
 from jlora.manager.lora_model import LoRALayerWeights, LoRAModel
 from jlora.manager.manager import LoRAModelManager
 from jlora.manager.peft import file_identity, resolve_adapter_path
@@ -22,15 +25,39 @@ from jlora.request import LoRARequest
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Version:
+    """What an adapter id stands for, from the last time it was loaded.
+
+    path: as the request spelled it. source: the same, whatever the spelling. needs: see
+    `blocks_needed`.
+    """
+
+    path: str
+    source: str
+    folder: Path
+    identity: str
+    needs: Mapping[str, int]
+
+
+_Loaded = tuple[LoRAModel, _Version]
+
+
 class WorkerLoRAManager:
     """Serves the adapters that a step names; those that the step does not name are forgotten."""
 
     def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
-        """Starts without adapters."""
+        """Starts without adapters. Raises ValueError for a target module the model has not."""
+        known = {part.name for row in modules.projections for part in row.parts}
+        unknown = sorted(set(lora_config.target_modules or ()) - known)
+        if unknown:
+            raise ValueError(
+                f"target_modules: the model has no {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(known))}"
+            )
         self.modules, self.lora_config = modules, lora_config
         self.manager = LoRAModelManager(modules, lora_config)
-        self._sources: dict[int, str] = {}  # adapter id -> the path it was first loaded from
-        self._checked: dict[int, str] = {}  # adapter id -> identity of the version found good
+        self._versions: dict[int, _Version] = {}
 
     # -- vLLM's interface ------------------------------------------------------------------
 
@@ -44,12 +71,10 @@ class WorkerLoRAManager:
         Raises AdapterError for an adapter that cannot be served, AdapterInUseError when every
         slot is pinned; nothing is changed then.
         """
-        if not self.manager.can_ever_activate(request.lora_int_id):
-            raise AdapterInUseError(
-                f"adapter {request.lora_name!r}: all {self.manager.lora_slots} slots hold pinned "
-                "adapters; raise max_loras or remove one"
-            )
-        added = self._register(request)
+        self._require_room(request)
+        loaded = self._read(request)
+        self._require_room(request, self._needs(request.lora_int_id, loaded))
+        added = self._put(request, loaded)
         if self.manager.can_activate(request.lora_int_id):
             self.manager.activate_adapter(request.lora_int_id)
         return added
@@ -57,8 +82,7 @@ class WorkerLoRAManager:
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets an adapter and which path its id stood for; False when it is not there."""
         removed = self.manager.remove_adapter(adapter_id)
-        self._sources.pop(adapter_id, None)
-        self._checked.pop(adapter_id, None)
+        self._versions.pop(adapter_id, None)
         if removed:
             logger.info("removed adapter %d", adapter_id)
         return removed
@@ -70,22 +94,44 @@ class WorkerLoRAManager:
         return pinned
 
     def set_active_adapters(self, requests: Iterable[LoRARequest | None]) -> None:
-        """Makes the adapters of a step active, all of them or (on an error) none newly."""
-        wanted = {request.lora_int_id: request for request in requests if request is not None}
+        """Makes the adapters of a step active; with an error nothing is changed."""
+        wanted = self._one_each(requests)
         if len(wanted) > self.manager.lora_slots:
             raise AdapterInUseError(
                 f"{len(wanted)} adapters in one step, but max_loras={self.manager.lora_slots}"
             )
+        loaded = {adapter_id: self._read(request) for adapter_id, request in wanted.items()}
+        needs = {adapter_id: self._needs(adapter_id, one) for adapter_id, one in loaded.items()}
+        if not self.manager.fits(needs, beside=self.manager.held):
+            raise AdapterInUseError(
+                f"no slots or rank blocks for the adapters {', '.join(map(str, wanted))} at once "
+                "beside those pinned or in use; raise max_loras or lora_pool_blocks"
+            )
         self._forget_others(set(wanted))
-        for request in wanted.values():
-            self._register(request)
+        # First to the end of the LRU order, so that none of them makes room for another.
         for adapter_id in wanted:
+            self.manager.touch(adapter_id)
+        for adapter_id, request in wanted.items():
+            self._put(request, loaded[adapter_id])
             self.manager.activate_adapter(adapter_id)
 
+    def _one_each(self, requests: Iterable[LoRARequest | None]) -> dict[int, LoRARequest]:
+        wanted: dict[int, LoRARequest] = {}
+        for request in requests:
+            if request is None:
+                continue
+            other = wanted.get(request.lora_int_id, request)
+            if _source(other) != _source(request):
+                raise AdapterError(
+                    f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
+                    f"{other.lora_path} in the same step, not {request.lora_path}; use another id"
+                )
+            wanted[request.lora_int_id] = other if other.load_inplace else request
+        return wanted
+
     def _forget_others(self, wanted: set[int]) -> None:
-        for adapter_id in self.list_adapters() - wanted:
-            if not self.manager.in_use(adapter_id):
-                self.manager.remove_adapter(adapter_id)
+        for adapter_id in self.list_adapters() - wanted - self.manager.held:
+            self.manager.remove_adapter(adapter_id)
 
     # -- the engine's interface ------------------------------------------------------------
 
@@ -95,24 +141,17 @@ class WorkerLoRAManager:
         Reads it (keeping it on the host when there is room). Returns the version's identity.
         """
         adapter_id = request.lora_int_id
-        self._check_source(request)
-        if not self.manager.can_ever_activate(adapter_id):
-            raise AdapterInUseError(
-                f"adapter {request.lora_name!r}: all {self.manager.lora_slots} slots hold pinned "
-                "adapters; raise max_loras or remove one"
-            )
-        lora = self.manager.get_adapter(adapter_id)
-        if lora is not None and not request.load_inplace:
-            return lora.identity
-        if self.manager.has_host_room() or lora is not None:
-            self._register(request)
-            return self._checked[adapter_id]
-        folder = resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
-        identity = file_identity(folder)
-        if self._checked.get(adapter_id) != identity:
-            identity = self._load(request).identity
-        self._remember(request, identity)
-        return identity
+        known = self._known(request)
+        self._require_room(request)
+        if self.manager.get_adapter(adapter_id) is not None or self.manager.has_host_room():
+            loaded = self._read(request)
+            self._require_room(request, self._needs(adapter_id, loaded))
+            self._put(request, loaded)
+        else:
+            if known is None or known.identity != file_identity(self._folder(request, known)):
+                self._versions[adapter_id] = self._load(request)[1]
+            self._require_room(request, self._versions[adapter_id].needs)
+        return self.identity(adapter_id)
 
     def acquire(self, request: LoRARequest) -> int | None:
         """A slot for a request that starts to run, or None when it must wait for others to end.
@@ -120,23 +159,23 @@ class WorkerLoRAManager:
         Raises AdapterError when the adapter must be read again and cannot.
         """
         adapter_id, manager = request.lora_int_id, self.manager
+        known = self._known(request)
         if manager.slot_of(adapter_id) is None:
             if not manager.has_slot_room():
                 return None
             if manager.get_adapter(adapter_id) is None:
-                if not manager.has_host_room():
+                # Not read before it has a place, or those that wait would evict each other.
+                if not manager.has_host_room() or (known and not manager.can_place(known.needs)):
                     return None
-                self._register(request)
+                self._put(request, self._read(request))
             if not manager.can_activate(adapter_id):
                 return None
         return manager.acquire(adapter_id)
 
     def identity(self, adapter_id: int) -> str:
-        """The identity of the version on the host."""
+        """The identity of the version on the host, or else of the one that was read last."""
         lora = self.manager.get_adapter(adapter_id)
-        if lora is None:
-            raise KeyError(adapter_id)
-        return lora.identity
+        return lora.identity if lora is not None else self._versions[adapter_id].identity
 
     # -- warm-up ---------------------------------------------------------------------------
 
@@ -144,14 +183,20 @@ class WorkerLoRAManager:
     def maybe_select_dummy_loras(self, lora_config: LoRAConfig | None) -> Iterator[list[int]]:
         """Fills every slot with an adapter of the largest rank; yields their ids.
 
-        For warm-up and memory profiling, on a manager that holds no adapters yet; they are gone
-        afterwards. Without a lora_config nothing happens.
+        Fewer slots when the pool has not blocks for so many. For warm-up and memory profiling, on
+        a manager that holds no adapters yet; they are gone afterwards. Without a lora_config
+        nothing happens.
         """
-        ids = [] if lora_config is None else list(range(1, lora_config.max_loras + 1))
-        for adapter_id in ids:
-            self.manager.add_adapter(self._dummy(adapter_id))
-            self.manager.activate_adapter(adapter_id)
+        slots = 0
+        if lora_config is not None:
+            if self.manager.list_adapters():
+                raise RuntimeError("dummy adapters are for a manager that holds none yet")
+            slots = min(lora_config.max_loras, lora_config.pool_blocks // lora_config.max_blocks)
+        ids = list(range(1, slots + 1))
         try:
+            for adapter_id in ids:
+                self.manager.add_adapter(self._dummy(adapter_id))
+                self.manager.activate_adapter(adapter_id)
             yield ids
         finally:
             for adapter_id in ids:
@@ -172,60 +217,79 @@ class WorkerLoRAManager:
 
     # -- loading ---------------------------------------------------------------------------
 
-    def _check_source(self, request: LoRARequest) -> None:
-        known = self._sources.get(request.lora_int_id)
-        if known is not None and known != _source(request) and not request.load_inplace:
+    def _known(self, request: LoRARequest) -> _Version | None:
+        """What the request's id stands for; raises AdapterError when that is another path."""
+        known = self._versions.get(request.lora_int_id)
+        if known is None or request.load_inplace or request.lora_path == known.path:
+            return known
+        if _source(request) != known.source:
             raise AdapterError(
-                f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for {known}, not "
-                f"{request.lora_path}; use another id, or remove_lora first"
+                f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
+                f"{known.source}, not {request.lora_path}; use another id, or remove_lora first"
+            )
+        return known
+
+    def _require_room(self, request: LoRARequest, needs: Mapping[str, int] | None = None) -> None:
+        """Raises when pinned adapters leave no slot, or not the blocks, for the adapter."""
+        manager, name = self.manager, f"adapter {request.lora_name!r}"
+        nothing = dict.fromkeys(manager.pools, 0)
+        if not manager.fits({request.lora_int_id: nothing}, beside=manager.pinned):
+            raise AdapterInUseError(
+                f"{name}: all {manager.lora_slots} slots hold pinned adapters; raise max_loras or "
+                "remove one"
+            )
+        if needs is not None and not manager.fits({request.lora_int_id: needs}, manager.pinned):
+            raise AdapterInUseError(
+                f"{name}: pinned adapters leave too few rank blocks for it; raise lora_pool_blocks "
+                f"(now {self.lora_config.pool_blocks}) or remove one"
             )
 
-    def _remember(self, request: LoRARequest, identity: str) -> None:
-        self._sources[request.lora_int_id] = _source(request)
-        self._checked[request.lora_int_id] = identity
+    def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Mapping[str, int]:
+        version = self._versions[adapter_id] if loaded is None else loaded[1]
+        return version.needs
 
-    def _register(self, request: LoRARequest) -> bool:
-        """Puts the adapter on the host; loads before anything is evicted."""
-        self._check_source(request)
-        adapter_id = request.lora_int_id
-        current = self.manager.get_adapter(adapter_id)
-        if current is not None:
-            if not request.load_inplace or not self._changed(request, current):
-                self.manager.touch(adapter_id)
-                return False
-            if self.manager.in_use(adapter_id):
-                raise AdapterInUseError(
-                    f"adapter {request.lora_name!r} is in use by running requests; reload it when "
-                    "they have finished"
-                )
-        lora = self._load(request)
-        if current is not None:
-            self._replace(current, lora)
-        else:
+    def _folder(self, request: LoRARequest, known: _Version | None) -> Path:
+        """Where the adapter lies; a Hub repository is not asked for what is known to be there."""
+        if known is not None and not request.load_inplace and known.folder.is_dir():
+            return known.folder
+        return resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
+
+    def _read(self, request: LoRARequest) -> _Loaded | None:
+        """What is to be put on the host, None when what is there will do. Changes nothing."""
+        self._known(request)
+        current = self.manager.get_adapter(request.lora_int_id)
+        if current is None:
+            return self._load(request)
+        if not request.load_inplace:
+            return None
+        if file_identity(self._folder(request, None)) == current.identity:
+            return None
+        if self.manager.in_use(current.id):
+            raise AdapterInUseError(
+                f"adapter {request.lora_name!r} is in use by running requests; reload it when "
+                "they have finished"
+            )
+        return self._load(request)
+
+    def _put(self, request: LoRARequest, loaded: _Loaded | None) -> bool:
+        """Registers what `_read` gave; only now may another adapter be evicted."""
+        if loaded is None:
+            self.manager.touch(request.lora_int_id)
+            return False
+        lora, version = loaded
+        if self.manager.get_adapter(lora.id) is None:
             self.manager.add_adapter(lora)
-        self._remember(request, lora.identity)
+        else:
+            self.manager.replace_adapter(lora)
+        self._versions[lora.id] = version
         return True
 
-    def _replace(self, current: LoRAModel, lora: LoRAModel) -> None:
-        pinned = self.manager.is_pinned(current.id)
-        self.manager.remove_adapter(current.id)
-        self.manager.add_adapter(lora)
-        if pinned:
-            self.manager.pin_adapter(lora.id)
-
-    def _changed(self, request: LoRARequest, current: LoRAModel) -> bool:
-        folder = resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
-        return file_identity(folder) != current.identity
-
-    def _load(self, request: LoRARequest) -> LoRAModel:
+    def _load(self, request: LoRARequest) -> _Loaded:
         name, start = f"adapter {request.lora_name!r}", time.perf_counter()
         try:
+            folder = self._folder(request, self._known(request))
             lora = LoRAModel.from_local_checkpoint(
-                resolve_adapter_path(request.lora_path, name),
-                request.lora_int_id,
-                self.modules,
-                self.lora_config,
-                name,
+                folder, request.lora_int_id, self.modules, self.lora_config, name
             )
         except AdapterError as error:
             logger.warning("refused %s", error)
@@ -238,15 +302,15 @@ class WorkerLoRAManager:
             lora.nbytes / 1e6,
             (time.perf_counter() - start) * 1e3,
         )
-        return lora
+        needs = blocks_needed(lora, self.modules)
+        return lora, _Version(request.lora_path, _source(request), folder, lora.identity, needs)
 
 
 class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
     """Keeps adapters that a step does not name, until the least recently used must make room."""
 
     def _forget_others(self, wanted: set[int]) -> None:
-        for adapter_id in wanted:
-            self.manager.touch(adapter_id)
+        pass
 
 
 def _source(request: LoRARequest) -> str:

@@ -28,13 +28,16 @@ def model_config(hf: Any, dtype: Any = "auto") -> ModelConfig:
         raise ValueError(
             f"model_type {hf.model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    quantization = getattr(hf, "quantization_config", None)
+    if quantization:
+        raise ValueError(f"quantization_config={quantization!r} is not supported")
     if hf.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported ({', '.join(ACTIVATIONS)})")
     heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     stored = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None)
     attention_bias = bool(getattr(hf, "attention_bias", False))
-    eos = hf.eos_token_id
+    eos, rope = hf.eos_token_id, _rope(hf)
     return ModelConfig(
         model_type=hf.model_type,
         vocab_size=hf.vocab_size,
@@ -45,9 +48,9 @@ def model_config(hf: Any, dtype: Any = "auto") -> ModelConfig:
         num_kv_heads=getattr(hf, "num_key_value_heads", None) or heads,
         head_dim=head_dim,
         rms_norm_eps=hf.rms_norm_eps,
-        rope=_rope(hf),
+        rope=rope,
         tie_word_embeddings=bool(hf.tie_word_embeddings),
-        max_position_embeddings=hf.max_position_embeddings,
+        max_position_embeddings=_positions(rope),
         hidden_act=hf.hidden_act,
         qkv_bias=attention_bias or hf.model_type == "qwen2",
         o_bias=attention_bias,
@@ -62,6 +65,9 @@ def model_config(hf: Any, dtype: Any = "auto") -> ModelConfig:
 
 def _rope(hf: Any) -> RopeConfig:
     params = dict(hf.rope_parameters or {})
+    nested = sorted(key for key, value in params.items() if isinstance(value, dict))
+    if nested:
+        raise ValueError(f"rope_parameters of their own for {', '.join(nested)} are not supported")
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     theta = params.pop("rope_theta", None) or getattr(hf, "rope_theta", 10000.0)
     if kind not in ROPE_TYPES:
@@ -70,6 +76,19 @@ def _rope(hf: Any) -> RopeConfig:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
     frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in params.items()}
     return RopeConfig(kind, float(theta), hf.max_position_embeddings, tuple(sorted(frozen.items())))
+
+
+def _positions(rope: RopeConfig) -> int:
+    """The longest sequence: these types stretch the context that they name by their factor."""
+    longest, factor = rope.max_position_embeddings, rope.get("factor", 1.0)
+    match rope.type:
+        case "linear" | "dynamic":
+            return int(longest * factor)
+        case "yarn":
+            original = rope.get("original_max_position_embeddings", longest)
+            return max(longest, int(original * factor))
+        case _:
+            return longest
 
 
 def _windows(hf: Any) -> tuple[int | None, ...]:

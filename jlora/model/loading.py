@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from jlora.config import ModelConfig
@@ -26,6 +26,7 @@ from jlora.projections import ModuleMap
 Path_ = tuple[Any, ...]
 # Buffers that old checkpoints hold and the model computes.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
 
     vocab_spec = PartitionSpec(AXIS, None)
     table = [
-        whole(("embed", "weight"), "model.embed_tokens.weight", vocab, hidden, spec=vocab_spec),
+        whole(("embed", "weight"), EMBED, vocab, hidden, spec=vocab_spec),
         whole(("norm", "weight"), "model.norm.weight", hidden),
     ]
     if not config.tie_word_embeddings:
-        table.append(whole(("lm_head", "weight"), "lm_head.weight", vocab, hidden, spec=vocab_spec))
+        table.append(whole(("lm_head", "weight"), HEAD, vocab, hidden, spec=vocab_spec))
     for layer in range(config.num_layers):
         at, prefix = ("layers", layer), f"model.layers.{layer}"
         table.append(
@@ -196,9 +197,12 @@ def find_checkpoint(model: str, revision: str | None = None) -> list[Path]:
 
 def _tensors(files: list[Path], progress: bool) -> Iterator[tuple[str, np.ndarray]]:
     for path in _bar(files, "weights", progress):
-        with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+        try:
+            with safe_open(path, "numpy") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy has not
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _read_weights(
@@ -214,29 +218,48 @@ def _read_weights(
     arrays: dict[Path_, jax.Array] = {}
     seen: set[str] = set()
     faults: list[str] = []
+    tied: dict[str, np.ndarray] = {}
     for name, tensor in _tensors(files, progress):
-        if name not in wanted:
-            computed = _COMPUTED.fullmatch(name) is not None
-            if not computed and not (name == "lm_head.weight" and config.tie_word_embeddings):
-                faults.append(f"unknown tensor {name} {list(tensor.shape)}")
+        if config.tie_word_embeddings and name in (EMBED, HEAD):
+            tied[name] = tensor
+        fault = _fault(name, tensor, wanted, name in seen, config)
+        seen.add(name)
+        if fault is not None:
+            faults.append(fault)
+        if fault is not None or name not in wanted:
             continue
         weight, source = wanted[name]
-        seen.add(name)
-        if tensor.shape != source.shape:
-            faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(source.shape)}")
-            continue
         buffer = _fill(buffers, weight, source, tensor)
         waiting[weight.path] -= 1
         if waiting[weight.path] == 0 and not faults:
             arrays[weight.path] = _to_device(buffer, weight, config.dtype, mesh)
             buffers.pop(weight.path)
     faults += [f"missing tensor {name}" for name in wanted if name not in seen]
+    if len(tied) == 2 and not np.array_equal(tied[EMBED], tied[HEAD]):
+        faults.append(f"{HEAD} differs from {EMBED}, but the model has tie_word_embeddings=True")
     if faults:
         listed = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
         raise ValueError(
             f"the checkpoint does not fit the configuration ({config.model_type}):\n  {listed}"
         )
     return arrays
+
+
+def _fault(
+    name: str, tensor: np.ndarray, wanted: dict, again: bool, config: ModelConfig
+) -> str | None:
+    """What is wrong with a tensor of the checkpoint."""
+    if again:
+        return f"{name} comes twice"
+    if name not in wanted:
+        expected = _COMPUTED.fullmatch(name) or (name == HEAD and config.tie_word_embeddings)
+        return None if expected else f"unknown tensor {name} {list(tensor.shape)}"
+    shape = wanted[name][1].shape
+    if tensor.shape != shape:
+        return f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return f"{name} is {tensor.dtype}, expected a floating point dtype"
+    return None
 
 
 def _fill(buffers, weight: Weight, source: Source, tensor: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from jlora.kernels import attention_tpu, lora_tpu
 from tests.kernels import cases, tpu_compile
 
 by_id = operator.attrgetter("id")
-compiled = pytest.mark.xdist_group("libtpu")
 
 
 def all_of(cases, *ids: str):
@@ -211,7 +210,6 @@ def compiles_in_place(chip, function, *shapes, donated: tuple[int, ...], whole: 
     assert memory.alias_size_in_bytes >= sum(tpu_compile.size(shapes[i]) for i in donated)
 
 
-@compiled
 @pytest.mark.parametrize(
     ("tokens", "projection"), [(32, "qkv"), (32, "down"), (512, "o"), (512, "gate_up")]
 )
@@ -221,7 +219,6 @@ def test_lora_compiles_for_serving(tokens, projection, chip):
     compiles_in_place(chip, function, *shapes, donated=(1,), whole=(2, 3))
 
 
-@compiled
 @pytest.mark.parametrize("model", MODELS)
 def test_attention_compiles_for_serving(model, chip):
     heads, kv_heads, head_dim, options = MODELS[model]
@@ -236,7 +233,6 @@ def test_attention_compiles_for_serving(model, chip):
     compiles_in_place(chip, attend, *shapes, donated=(), whole=(1,))
 
 
-@compiled
 @pytest.mark.parametrize("model", MODELS)
 def test_write_kv_compiles_for_serving(model, chip):
     (_, pages, *_), new, destinations = attention_shapes(512, *MODELS[model][:3])
@@ -244,8 +240,7 @@ def test_write_kv_compiles_for_serving(model, chip):
     compiles_in_place(chip, write, pages, new, new, destinations, donated=(0,), whole=(0,))
 
 
-@compiled
-@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("scanned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_layers_copy_nothing(scanned, chip):
     """The pool and the KV of all layers pass through a loop over the layers as they are."""
     heads, kv_heads, head_dim, _ = MODELS["llama-8b"]
@@ -287,6 +282,7 @@ COMPILED_ATTENTION = (
     *("decode-one", "ragged-page32", "head-dim80-f32", "head-dim256", "head-dim256-f32"),
     *("kv1-group8-bfloat16", "kv6-group1-bfloat16", "soft-cap-window"),
 )
+COMPILED_WRITE = ("one", "scattered-float32", "cast", "kv1", "kv3", "head-dim256")
 
 
 def lora_compiles(case, chip):
@@ -304,36 +300,37 @@ def flat(call: cases.Call):
     return (call.function, *call.arguments)
 
 
-@compiled
 @pytest.mark.parametrize("case", all_of(LORA, *COMPILED_LORA), ids=by_id)
 def test_lora_compiles(case, chip):
     lora_compiles(case, chip)
 
 
-@compiled
 @pytest.mark.parametrize("case", all_of(ATTENTION, *COMPILED_ATTENTION), ids=by_id)
 def test_attention_compiles(case, chip):
     attention_compiles(case, chip)
 
 
-@compiled
-@pytest.mark.parametrize("case", WRITE, ids=by_id)
+@pytest.mark.parametrize("case", all_of(WRITE, *COMPILED_WRITE), ids=by_id)
 def test_write_kv_compiles(case, chip):
     tpu_compile.compile_for(chip, *flat(cases.write_call(case, "tpu")))
 
 
-@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LORA, ids=by_id)
 def test_every_lora_case_compiles(case, chip):
     lora_compiles(case, chip)
 
 
-@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ATTENTION, ids=by_id)
 def test_every_attention_case_compiles(case, chip):
     attention_compiles(case, chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WRITE, ids=by_id)
+def test_every_write_case_compiles(case, chip):
+    tpu_compile.compile_for(chip, *flat(cases.write_call(case, "tpu")))
 
 
 # ------------------------------------------------------------------------------- on a TPU

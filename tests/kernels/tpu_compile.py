@@ -10,13 +10,14 @@ import re
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+AUTO = (AxisType.Auto,)  # the default differs between jax 0.10 and 0.11
 
 
 def devices(chip: str):
-    # By default libtpu serves one process a machine, as a TPU does; its compiler need not.
+    # Else a second process that loads libtpu on this machine (pytest-xdist, CI) is refused.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices
 
@@ -28,8 +29,21 @@ def target(chip: str):
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
     )
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+    mesh = AbstractMesh((1,), ("x",), AUTO, abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
+
+
+@contextlib.contextmanager
+def _uncached():
+    """JAX would store what is compiled without a device, and fail to read it back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def compile_for(chip: str, function, *args, donate: tuple[int, ...] = ()):
@@ -37,14 +51,14 @@ def compile_for(chip: str, function, *args, donate: tuple[int, ...] = ()):
 
     args: pytrees of anything with shape and dtype; no values are needed.
     """
-    mesh = Mesh(np.array(devices(chip)[:1]), ("x",))
+    mesh = Mesh(np.array(devices(chip)[:1]), ("x",), AUTO)
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def described(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     args = jax.tree.map(described, args)
-    with target(chip):
+    with target(chip), _uncached():
         return jax.jit(function, donate_argnums=donate).lower(*args).compile()
 
 
