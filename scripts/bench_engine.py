@@ -130,6 +130,7 @@ class Bench:
             max_num_batched_tokens=args.max_num_batched_tokens,
             enable_prefix_caching=False,
             gpu_memory_utilization=args.gpu_memory_utilization,
+            enforce_eager=args.eager,
             use_tqdm=True,
             **options,
         )
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(DECODE_BATCHES))
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.6)
+    parser.add_argument("--eager", action="store_true", help="compile on first use")
     parser.add_argument("--kernels", help="xla, gpu or tpu (default: by the device)")
     parser.add_argument("--out", help="JSON lines are appended here too")
     args = parser.parse_args()

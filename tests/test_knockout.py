@@ -25,7 +25,9 @@ def folders(tmp_path_factory):
     for layer, module in MODULES:
         copy = folder / f"{layer}-{module}"
         shutil.copytree(folder / "whole", copy)
-        names = [name for name in tensors if f"layers.{layer}." in name and f".{module}.lora_B" in name]
+        names = [
+            name for name in tensors if f"layers.{layer}." in name and f".{module}.lora_B" in name
+        ]
         assert len(names) == 1
         changed = {**tensors, names[0]: np.zeros_like(tensors[names[0]])}
         save_file(changed, copy / "adapter_model.safetensors")
@@ -64,7 +66,10 @@ def logprobs(folders) -> dict[str, np.ndarray]:
     )
     return {
         name: np.array(
-            [row[token].logprob for row, token in zip(o.prompt_logprobs[1:], PROMPT[1:], strict=True)]
+            [
+                row[token].logprob
+                for row, token in zip(o.prompt_logprobs[1:], PROMPT[1:], strict=True)
+            ]
         )
         for name, o in zip(names, outputs, strict=True)
     }

@@ -111,10 +111,12 @@ def test_multilora_inference(folder):
 
 def test_lora_quick_start(folder):
     sql_lora_path = str(folder / "adapter-8")
-    llm = LLM(model=str(folder / "model"), enable_lora=True, **LIMITS)
+    llm = LLM(model=str(folder / "model"), enable_lora=True, max_num_seqs=8, **LIMITS)
     sampling_params = SamplingParams(temperature=0, max_tokens=16, stop=["[/assistant]"])
     prompts = ["[user] one [/user] [assistant]", "[user] another [/user] [assistant]"]
-    outputs = llm.generate(prompts, sampling_params, lora_request=LoRARequest("sql_adapter", 1, sql_lora_path))
+    outputs = llm.generate(
+        prompts, sampling_params, lora_request=LoRARequest("sql_adapter", 1, sql_lora_path)
+    )
     assert [output.prompt for output in outputs] == prompts
     assert all(output.outputs[0].text for output in outputs)
     base = llm.generate(prompts, sampling_params)
@@ -199,7 +201,7 @@ def test_all_pinned_is_a_clear_error(llm_engine, make_lora):
     for i in (1, 2):
         llm_engine.add_lora(make_lora(i))
         llm_engine.pin_lora(i)
-    with pytest.raises(AdapterInUseError, match="'lora3'.*all 2 slots hold pinned"):
+    with pytest.raises(AdapterInUseError, match=r"'lora3'.*all 2 slots hold pinned"):
         llm_engine.add_lora(make_lora(3))
     assert llm_engine.list_loras() == {1, 2}
 

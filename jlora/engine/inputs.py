@@ -97,7 +97,10 @@ class InputProcessor:
             if asked is not None and asked > self._max_logprobs:
                 raise ValueError(f"{name}={asked} is above max_logprobs={self._max_logprobs}")
         vocab = self._model.vocab_size
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
             bad = next((token for token in ids or () if not 0 <= token < vocab), None)
             if bad is not None:
                 raise ValueError(f"{name}: token id {bad} is outside 0 .. {vocab - 1}")

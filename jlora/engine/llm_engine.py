@@ -49,6 +49,7 @@ class LLMEngine:
         implementation = _implementation(args, model)
         self.args, self.model_config = args, model
         self.lora_config = args.lora_config()
+        self._check_sizes()
         self.modules = ModuleMap(model)
         self.inputs = InputProcessor(args, model)
         seed = args.seed if args.load_format == "dummy" else None
@@ -87,21 +88,24 @@ class LLMEngine:
 
     # -- construction ----------------------------------------------------------------------
 
+    def _check_sizes(self) -> None:
+        args, positions = self.args, self.model_config.max_position_embeddings
+        if (args.max_model_len or 0) > positions:
+            raise ValueError(
+                f"max_model_len={args.max_model_len} is above the {positions} positions of the "
+                "model"
+            )
+        if (args.max_num_batched_tokens or args.max_num_seqs) < args.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={args.max_num_batched_tokens} is below max_num_seqs="
+                f"{args.max_num_seqs}: every running sequence needs a token a step"
+            )
+
     def _sizes(self, implementation: Implementation) -> RunnerConfig:
         args, model = self.args, self.model_config
         page_size = args.block_size or PAGE_SIZE
         max_model_len = args.max_model_len or model.max_position_embeddings
-        if max_model_len > model.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len={max_model_len} is above the {model.max_position_embeddings} "
-                "positions of the model"
-            )
         max_tokens = args.max_num_batched_tokens or max(MAX_BATCHED_TOKENS, args.max_num_seqs)
-        if max_tokens < args.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens={max_tokens} is below max_num_seqs={args.max_num_seqs}: "
-                "every running sequence needs a token a step"
-            )
         shards = args.tensor_parallel_size
         pages = memory.num_kv_pages(
             args, model, page_size, max_model_len, max_tokens, shards, implementation
@@ -284,7 +288,12 @@ class LLMEngine:
 
     def _append(self, sequence: Sequence, token: int, logprobs: Any, index: int) -> None:
         reason = record_token(
-            sequence, token, logprobs, index, self.inputs.tokenizer, self.runner.config.max_model_len
+            sequence,
+            token,
+            logprobs,
+            index,
+            self.inputs.tokenizer,
+            self.runner.config.max_model_len,
         )
         if reason is None:
             self.scheduler.register_pages(sequence)
@@ -377,5 +386,3 @@ def _pool_text(config: LoRAConfig | None) -> str:
         f"{config.max_loras} slots, {config.pool_blocks} rank blocks a projection, "
         f"{config.host_capacity} on the host"
     )
-
-

@@ -33,7 +33,9 @@ def reserve_fraction(fraction: float) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.3f}")
 
 
-def page_bytes(model: ModelConfig, page_size: int, shards: int, implementation: Implementation) -> int:
+def page_bytes(
+    model: ModelConfig, page_size: int, shards: int, implementation: Implementation
+) -> int:
     """Bytes of one page over all layers, on one device."""
     shape = kernels.kv_page_shape(
         page_size,

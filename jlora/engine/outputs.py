@@ -130,5 +130,3 @@ def _completion(sequence: Sequence, kind: RequestOutputKind) -> CompletionOutput
         sequence.stop_reason,
         sequence.request.lora_request,
     )
-
-

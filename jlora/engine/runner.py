@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,11 @@ from jlora.kernels import Implementation
 from jlora.model import AXIS, LoadedModel, RowPool, StepContext, rope_cos_sin
 
 logger = logging.getLogger(__name__)
+# XLA's rematerialisation counts a donated KV cache again for each kernel that updates it in place,
+# and then searches for 20 s a bucket for memory that nobody needs (seen on an H100).
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {"xla_disable_hlo_passes": "rematerialization"}
+}
 LOGPROB_CHUNK = 64  # prompt tokens whose logits exist at once
 
 
@@ -229,7 +235,7 @@ class ModelRunner:
                 lowered = jax.jit(admit, donate_argnums=(0,), out_shardings=self._replicated).lower(
                     state, small, self._array(at.shape, at.dtype)
                 )
-        return lowered.compile()
+        return lowered.compile(COMPILER_OPTIONS.get(self.config.implementation))
 
     def executables(self) -> list[tuple]:
         """Everything that serving can need compiled."""
@@ -243,14 +249,16 @@ class ModelRunner:
             *(("prompt", count) for count in tokens),
         ]
 
-    def warm_up(self, progress: bool = True, threads: int = 4) -> None:
+    def warm_up(self, progress: bool = True) -> None:
         """Compiles every executable, several at a time."""
         start, keys = time.perf_counter(), self.executables()
         if self.pool is not None:
             self.pool.compile()
-        with ThreadPoolExecutor(threads) as executor:
+        with ThreadPoolExecutor(max(os.cpu_count() or 1, 4)) as executor:
             compiled: Iterable = executor.map(self._compile, keys)
-            bar = tqdm(compiled, desc="compiling", total=len(keys), disable=not progress, leave=False)
+            bar = tqdm(
+                compiled, desc="compiling", total=len(keys), disable=not progress, leave=False
+            )
             self._compiled.update(zip(keys, bar, strict=True))
         logger.info("compiled %d executables in %.1f s", len(keys), time.perf_counter() - start)
 

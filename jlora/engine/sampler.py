@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora.engine.state import (
@@ -110,9 +109,7 @@ def add_bias(logits, state: SeqState, batch):
     row = batch[:, ROW]
     drawn = batch[:, KV_LEN] - state.ints[row, PROMPT_LEN]
     entry = jnp.arange(state.bias_ids.shape[1])[None]
-    active = (entry < state.ints[row, NUM_BIAS][:, None]) & (
-        drawn[:, None] < state.bias_until[row]
-    )
+    active = (entry < state.ints[row, NUM_BIAS][:, None]) & (drawn[:, None] < state.bias_until[row])
     ids = jnp.where(active, state.bias_ids[row], logits.shape[1])  # out of range: dropped
     rows = jnp.arange(logits.shape[0])[:, None]
     return logits.at[rows, ids].add(state.bias_values[row], mode="drop")

@@ -13,6 +13,7 @@ from jlora.errors import AdapterError
 from jlora.manager import WorkerLoRAManager
 
 logger = logging.getLogger(__name__)
+MAX_PASSES = 64  # sequences that may start before one that waits for a slot
 
 
 @dataclass(frozen=True)
@@ -132,19 +133,27 @@ class Scheduler:
         return count
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        """Starts waiting sequences in order; one whose adapter has no slot lets others pass."""
+        """Starts waiting sequences in order; one whose adapter has no slot lets others pass.
+
+        Not for ever: after MAX_PASSES of them no other adapter starts before it does.
+        """
         passed: list[Sequence] = []
+        enough = False  # somebody has been passed often enough
         while self.waiting and budget > 0 and self._free_rows:
             sequence = self.waiting.popleft()
-            if not self._acquire_slot(sequence):
+            must_wait = enough and sequence.request.lora_request is not None
+            if must_wait or not self._acquire_slot(sequence):
                 if not sequence.finished:
                     passed.append(sequence)
+                    enough |= sequence.passes >= MAX_PASSES
                 continue
             count = self._start(sequence, budget)
             if count == 0:  # no pages: nobody behind it may take them
                 self._release_slot(sequence)
                 self.waiting.appendleft(sequence)
                 break
+            for other in passed:
+                other.passes += 1
             self.running.append(sequence)
             plan.admitted.append(sequence)
             budget -= self._enter(plan, sequence, count)

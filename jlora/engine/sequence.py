@@ -48,6 +48,7 @@ class Sequence:
     root: bytes = b""
     row: int = -1
     slot: int = -1
+    passes: int = 0  # sequences that have started before it while it waited for a slot
     logprobs: Logprobs = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None

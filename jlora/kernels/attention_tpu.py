@@ -29,9 +29,8 @@ from jlora.kernels.attention import MASKED, query_tiles
 from jlora.kernels.lora import dot_precision
 
 LANES = 128
-QUERY_TILE = 32
-BLOCK_KEYS = 512  # keys that JAX's kernel copies at a time
-FLASH_BLOCK_KEYS = 256
+BLOCK_QUERIES, BLOCK_KEYS = 32, 512  # of JAX's kernel
+FLASH_QUERY_TILE, FLASH_BLOCK_KEYS = 32, 256
 VMEM_BYTES = 64 * 2**20
 
 
@@ -105,7 +104,7 @@ def _shipped(q, kv_pages, *tables, interpret, **options) -> Array:
             *tables,
             **options,
             num_kv_pages_per_block=min(pages_per_seq, max(1, BLOCK_KEYS // page_size)),
-            num_queries_per_block=min(QUERY_TILE, q.shape[0]),
+            num_queries_per_block=min(BLOCK_QUERIES, q.shape[0]),
             vmem_limit_bytes=VMEM_BYTES,
         )
 
@@ -120,7 +119,7 @@ def _flash(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, interpret
     are overwritten by the tiles that follow.
     """
     (tokens, heads, head_dim), (_, page_size, kv_heads_2, _) = q.shape, kv_pages.shape
-    tile, kv_heads = min(QUERY_TILE, tokens), kv_heads_2 // 2
+    tile, kv_heads = min(FLASH_QUERY_TILE, tokens), kv_heads_2 // 2
     tiles = query_tiles(cu_q_lens, num_seqs, tokens, tile)
     rows = tile * heads // kv_heads
     keys = page_size * min(page_indices.shape[1], max(1, FLASH_BLOCK_KEYS // page_size))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,6 +42,12 @@ def stored_vocab(vocab_size: int, shards: int) -> int:
     return -(-vocab_size // shards) * shards
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graph: Any, params: Any, hidden: Any, kv: Any, layer: Any, step: StepContext):
+    """One layer; being a jit of its own it is traced and lowered once for all layers alike."""
+    return nnx.merge(graph, params)(hidden, kv, layer, step)
+
+
 class Decoder(nnx.Module):
     """Tokens to hidden states to logits; arrays are one device's share when it is called."""
 
@@ -65,7 +74,8 @@ class Decoder(nnx.Module):
         """-> the hidden states after the last norm, and kv with the tokens' keys and values."""
         hidden = self.embed(tokens)
         for layer, module in enumerate(self.layers):
-            hidden, kv = module(hidden, kv, layer, step)
+            graph, params = nnx.split(module)
+            hidden, kv = _run_layer(graph, params, hidden, kv, jnp.int32(layer), step)
         return self.norm(hidden), kv
 
     def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:

@@ -32,7 +32,9 @@ def model_config(hf: Any, dtype: Any = "auto") -> ModelConfig:
     if quantization:
         raise ValueError(f"quantization_config={quantization!r} is not supported")
     if hf.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported ({', '.join(ACTIVATIONS)})")
+        raise ValueError(
+            f"hidden_act {hf.hidden_act!r} is not supported ({', '.join(ACTIVATIONS)})"
+        )
     heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     stored = getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None)

@@ -40,6 +40,21 @@ class RowPool:
     slots: SlotTable
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "cos",
+        "sin",
+        "destinations",
+        "kv_lens",
+        "page_indices",
+        "cu_q_lens",
+        "num_seqs",
+        "routing",
+        "pool",
+    ],
+    meta_fields=["pages_per_layer", "implementation"],
+)
 @dataclasses.dataclass(frozen=True)
 class StepContext:
     """What the layers need to know of the tokens of a step; built inside the jitted step."""

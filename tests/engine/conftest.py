@@ -23,9 +23,7 @@ def files(tmp_path_factory) -> SimpleNamespace:
     """model: a folder; adapters: folders of ranks 4, 8 and 20."""
     folder: Path = tmp_path_factory.mktemp("engine")
     make_text_model(folder / "model")
-    return SimpleNamespace(
-        model=folder / "model", adapters=make_adapters(folder / "model", folder)
-    )
+    return SimpleNamespace(model=folder / "model", adapters=make_adapters(folder / "model", folder))
 
 
 @pytest.fixture(scope="session")

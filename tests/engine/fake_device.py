@@ -151,6 +151,13 @@ def fake_engine(
     engine.runner = FakeRunner(engine.lora, page_size, max_model_len, max_tokens, slots)
     engine.pages = PageAllocator(pages, page_size, caching)
     engine.scheduler = Scheduler(engine.pages, engine.lora, max_num_seqs, max_tokens, max_model_len)
+    preempt = engine.scheduler._preempt
+
+    def checked_preempt(sequence):
+        assert sequence.in_flight == 0  # its last token may end it, or another
+        preempt(sequence)
+
+    engine.scheduler._preempt = checked_preempt
     engine._requests, engine._in_flight = {}, None
     engine._seeds = np.random.default_rng(0)
     return engine

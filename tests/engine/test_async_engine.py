@@ -31,10 +31,8 @@ def serve(llm) -> Callable[[Callable[[AsyncLLMEngine], Coroutine]], object]:
 
 async def last(engine, prompt, params, name, lora=None):
     """The last output of a request."""
-    output = None
-    async for output in engine.generate(prompt, params, name, lora_request=lora):
-        pass
-    return output
+    outputs = [one async for one in engine.generate(prompt, params, name, lora_request=lora)]
+    return outputs[-1]
 
 
 def test_streams_beside_each_other(llm, files, serve):
@@ -131,7 +129,11 @@ def test_wrong_request_hurts_nobody(llm, serve):
         return errors, await right
 
     errors, right = serve(main)
-    assert [type(error).__name__ for error in errors] == ["ValueError", "ValueError", "AdapterError"]
+    assert [type(error).__name__ for error in errors] == [
+        "ValueError",
+        "ValueError",
+        "AdapterError",
+    ]
     assert all(word in str(error) for word, error in zip(("-5", "50", "gone"), errors, strict=True))
     assert right.outputs[0].token_ids == answer(llm).outputs[0].token_ids
 

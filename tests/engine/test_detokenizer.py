@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,9 @@ from tests.engine.tools import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 # Characters of one to four bytes, joined and combined ones, and what a cut character looks like.
-LETTERS = st.sampled_from([*"ab e\n", "é", "e\u0301", "東", "京", "🙂", "👩‍👩‍👧", "🇫🇷", "\u0301", "क्षि"])
+LETTERS = st.sampled_from(
+    [*"ab e\n", "é", "e\u0301", "東", "京", "🙂", "👩‍👩‍👧", "🇫🇷", "\u0301", "क्षि"]
+)
 TEXT = st.lists(LETTERS | st.characters(exclude_categories=("Cs",)), max_size=30).map("".join)
 
 
@@ -41,7 +45,7 @@ def feed(detokenizer: Detokenizer, tokens: list[int]) -> list[str]:
 def test_text_grows_by_whole_characters_to_what_the_tokenizer_decodes(text):
     texts = feed(Detokenizer(TOKENIZER, []), encode(text))
     assert texts[-1] == text
-    for before, after in zip(texts, texts[1:], strict=False):
+    for before, after in itertools.pairwise(texts):
         assert after.startswith(before)
 
 

@@ -140,7 +140,10 @@ def test_draws_follow_the_distribution(case):
         rest = [], []
     observed = np.concatenate([found[likely], rest[0]])
     wanted = np.concatenate([expected[likely] * DRAWS, rest[1]])
-    assert len(observed) == 1 or chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+    assert (
+        len(observed) == 1
+        or chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -161,6 +162,25 @@ def test_adapters_without_a_slot_wait_and_others_pass():
     )
 
 
+def test_nobody_waits_for_a_slot_for_ever():
+    """Requests for the adapter in the only slot keep coming, two or more at any time."""
+    engine, outputs = fake_engine(EMPTY, slots=1), []
+    add(engine, "first", [0], 1)
+    engine.step()
+    add(engine, "waits", [0], 2)
+    for index in range(600):
+        if len(engine.scheduler.waiting) < 4:
+            add(engine, str(index), [0, 1], 1, max_tokens=3)
+        outputs += engine.step()
+        if any(output.request_id == "waits" and output.finished for output in outputs):
+            break
+    else:
+        raise AssertionError("it starves")
+    assert index > 20  # the others do pass at first, for the slot's sake
+    drain(engine)
+    assert_nothing_is_held(engine)
+
+
 def test_entries_of_one_adapter_lie_together():
     engine = fake_engine(EMPTY)
     for name, adapter in (("a", 1), ("b", 2), ("c", 1)):
@@ -183,17 +203,19 @@ def test_the_last_to_come_is_preempted_and_ends_with_the_same_answer():
     assert len(finished["b"].outputs[0].token_ids) == 12
 
 
+def prompt_that_stops(max_tokens: int) -> list[int]:
+    """Three tokens, whose answer stops by itself after an odd number of tokens, 3 or more."""
+    for prompt in itertools.product(range(9), repeat=3):
+        answer, reason = expected_answer(list(prompt), 0, 0, max_tokens, 64)
+        if reason == "stop" and len(answer) > 2 and len(answer) % 2:
+            return list(prompt)
+    raise AssertionError("the fake model never stops")
+
+
 def test_a_stop_token_costs_one_token_that_nobody_sees():
     """The step after the stop is dispatched before the stop is known."""
     engine = fake_engine(EMPTY, max_model_len=64, pages=32)
-    prompt = next(
-        [a, b, c]
-        for a in range(5)
-        for b in range(5)
-        for c in range(5)
-        if expected_answer([a, b, c], 0, 0, 9, 64)[1] == "stop"
-        and len(expected_answer([a, b, c], 0, 0, 9, 64)[0]) > 2
-    )
+    prompt = prompt_that_stops(max_tokens=9)
     add(engine, "a", prompt, max_tokens=9)
     answer = drain(engine)["a"].outputs[0].token_ids
     assert answer == expected_answer(prompt, 0, 0, 9, 64)[0]
@@ -243,6 +265,16 @@ def test_pages_of_an_answer_are_found_by_the_next_turn():
     answer = drain(engine)["a"].outputs[0].token_ids
     add(engine, "b", [0, 1, 0, *answer, 1], max_tokens=1)
     assert drain(engine)["b"].num_cached_tokens == 6  # the last token of an answer has no KV
+
+
+def test_a_page_that_a_stop_token_fills_is_found_too():
+    """Its KV is written by the step that was dispatched before the stop was known."""
+    engine = fake_engine(EMPTY)
+    prompt = prompt_that_stops(max_tokens=9)
+    add(engine, "a", prompt, max_tokens=9)
+    turn = [*prompt, *drain(engine)["a"].outputs[0].token_ids]
+    add(engine, "b", [*turn, 1], max_tokens=1)
+    assert drain(engine)["b"].num_cached_tokens == len(turn)
 
 
 def test_answers_of_one_request_share_the_pages_of_its_prompt():

@@ -44,7 +44,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_text_model(folder: Path, family: str = "llama3", **changes: Any) -> PreTrainedTokenizerFast:
+def make_text_model(
+    folder: Path, family: str = "llama3", **changes: Any
+) -> PreTrainedTokenizerFast:
     """A random model with the tokeniser of `make_tokenizer`, in one folder."""
     tokenizer = make_tokenizer()
     make_model(family, folder, vocab_size=len(tokenizer), **changes)

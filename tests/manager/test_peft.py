@@ -170,6 +170,15 @@ def test_targets_are_pefts(data):
         assert ours.targets(module) == bool(check_target_module_exists(theirs, module)), module
 
 
+@pytest.mark.parametrize("pattern", [None, "layers", "(?:layers|experts)"])
+def test_the_layer_is_the_first_number_of_a_name(pattern):
+    config = {"target_modules": ["w1"], "layers_to_transform": [1], "layers_pattern": pattern}
+    theirs, ours = LoraConfig(**config), helper(**config)
+    for layer, expert in ((1, 0), (0, 1)):
+        module = f"model.layers.{layer}.experts.{expert}.w1"
+        assert ours.targets(module) == check_target_module_exists(theirs, module) == (layer == 1)
+
+
 @pytest.mark.parametrize(
     "config",
     [

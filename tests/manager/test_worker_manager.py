@@ -120,6 +120,13 @@ def test_adapters_of_a_step_do_not_evict_each_other(kind, folders):
     assert everything(one) == before
 
 
+def test_a_new_adapter_of_a_step_does_not_evict_an_old_one_of_it(folders):
+    """Though the old one is the least recently used, on the host and in the slots."""
+    one = worker(max_loras=2, max_cpu_loras=2)
+    steps(one, folders, 1, 2)
+    assert steps(one, folders, 3, 1) == ({1, 3}, [1, 3])
+
+
 @BOTH
 def test_adapters_of_a_step_that_need_more_blocks_than_there_are(kind, folders):
     one = worker(kind, lora_pool_blocks=3)

@@ -154,7 +154,9 @@ def test_small_dtypes_are_as_good_as_transformers(family, dtype, tmp_path):
         rows = slice(len(prompt) - 1, -1)
         in_dtype, truth = (hf_logprobs(m, prompt + found.token_ids)[rows] for m in (same, exact))
         picked = (np.arange(len(found.token_ids)), found.token_ids)
-        logprobs = [row[token].logprob for row, token in zip(found.logprobs, found.token_ids, strict=True)]
+        logprobs = [
+            row[token].logprob for row, token in zip(found.logprobs, found.token_ids, strict=True)
+        ]
         ours.append(np.abs(truth[picked] - logprobs))
         theirs.append(np.abs(truth - in_dtype))
         gaps.append(in_dtype.max(axis=-1) - in_dtype[picked])
@@ -222,7 +224,7 @@ def test_what_cannot_be_served_is_refused_by_name(changes, message):
 
 
 def test_unknown_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="model_type 'gpt2' is not supported.*llama"):
+    with pytest.raises(ValueError, match=r"model_type 'gpt2' is not supported.*llama"):
         model_config(transformers.GPT2Config())
 
 

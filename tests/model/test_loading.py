@@ -56,7 +56,9 @@ def test_one_file_and_many_are_the_same(original, config, tensors, tmp_path):
 def test_files_of_any_name_without_an_index(config, tensors, tmp_path):
     names = sorted(tensors)
     for part in range(3):
-        save_file({name: tensors[name] for name in names[part::3]}, tmp_path / f"x{part}.safetensors")
+        save_file(
+            {name: tensors[name] for name in names[part::3]}, tmp_path / f"x{part}.safetensors"
+        )
     load(config, tmp_path)
 
 
@@ -119,7 +121,7 @@ def test_lm_head_of_a_tied_model_may_repeat_the_embedding(tmp_path):
 def test_lm_head_of_a_tied_model_that_differs_is_refused(tmp_path):
     """transformers would use it, untied; ignoring it would give other answers."""
     config = tied(tmp_path, 0.5)
-    with pytest.raises(ValueError, match="lm_head.weight differs .*tie_word_embeddings"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs .*tie_word_embeddings"):
         load(config, tmp_path)
 
 

@@ -76,7 +76,9 @@ def both(config: LlamaConfig) -> tuple[np.ndarray, np.ndarray]:
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in LENGTHS])
     lengths = np.repeat(LENGTHS, LENGTHS).astype(np.int32)
     rope = model_config(config).rope
-    found = np.asarray(rope_cos_sin(rope, config.head_dim, jnp.asarray(positions), jnp.asarray(lengths)))
+    found = np.asarray(
+        rope_cos_sin(rope, config.head_dim, jnp.asarray(positions), jnp.asarray(lengths))
+    )
     return torch.cat(expected, dim=1).numpy(), np.concatenate([found, found], axis=-1)
 
 

@@ -1,0 +1,183 @@
+"""After warm-up nothing is compiled, and nothing as large as a layer of pool or KV is copied."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import LoRARequest, SamplingParams, kernels
+from jlora.engine.adapter_pool import STAGING_DTYPES
+from tests.engine.tools import make_adapters, make_text_model, small_llm
+
+RANKS = (1, 4, 8, 16, 17, 32)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What jax traces, lowers or compiles meanwhile (also when the cache on disk has it)."""
+    events: list[str] = []
+
+    def listen(name: str, seconds: float, **_) -> None:
+        if name.startswith("/jax/core/compile/"):
+            events.append(name.rsplit("/", 1)[1])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_counter_counts():
+    """Also the smallest thing: an operation outside of jit with a new shape."""
+    with compilations() as events:
+        jax.jit(lambda x: x * 3 + 1).lower(jnp.ones(7)).compile()
+    assert "backend_compile_duration" in events
+    with compilations() as events:
+        jnp.ones(1013) + 1
+    assert "backend_compile_duration" in events
+    with compilations() as events:
+        jax.device_put(np.ones(5), jax.devices()[0])
+    assert events == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compilation")
+    make_text_model(folder / "model")
+    make_adapters(folder / "model", folder, RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def warm(request, folder):
+    """An engine after warm-up, on one and on two devices; pages are few, slots fewer."""
+    return small_llm(
+        folder / "model",
+        enforce_eager=False,
+        max_num_batched_tokens=8,
+        num_gpu_blocks_override=20,
+        tensor_parallel_size=request.param,
+    )
+
+
+def test_serving_compiles_nothing(warm, folder):
+    """Adapters of every rank evict each other; every kind of sampling; aborts; reloads; pins."""
+    engine, rng = warm.llm_engine, np.random.default_rng(0)
+    shutil.copytree(folder / "adapter-8", folder / "reloaded", dirs_exist_ok=True)
+    kinds = [
+        {"temperature": 0},
+        {"seed": 1, "top_k": 5, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 0, "logprobs": 5, "prompt_logprobs": 5},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "n": 2},
+        {"logit_bias": {5: 1.0}, "min_tokens": 3, "stop_token_ids": [7], "stop": ["e"]},
+    ]
+    with compilations() as events:
+        for index in range(30):
+            rank = RANKS[index % len(RANKS)]
+            lora = LoRARequest(str(rank), rank, str(folder / f"adapter-{rank}"))
+            if index % 5 == 4:
+                lora = None
+            elif index == 15:
+                shutil.copytree(folder / "adapter-4", folder / "reloaded", dirs_exist_ok=True)
+            if index % 7 == 0:
+                lora = LoRARequest(
+                    "reloaded", 99, str(folder / "reloaded"), load_inplace=index == 21
+                )
+            params = SamplingParams(
+                max_tokens=int(rng.integers(3, 30)), **kinds[index % len(kinds)]
+            )
+            prompt = {"prompt_token_ids": rng.integers(3, 300, int(rng.integers(1, 50))).tolist()}
+            engine.add_request(str(index), prompt, params, lora_request=lora)
+            for _ in range(3):
+                engine.step()
+            if index % 6 == 5:
+                engine.abort_request(str(index))
+        while engine.has_unfinished_requests():
+            engine.step()
+        engine.add_lora(LoRARequest("4", 4, str(folder / "adapter-4")))
+        engine.pin_lora(4)
+        engine.remove_lora(4)
+        warm.generate("the dog", SamplingParams(max_tokens=2), use_tqdm=False)
+    assert engine.scheduler.num_preemptions > 0
+    assert events == []
+
+
+def test_executables_are_the_listed_ones(warm):
+    """Token buckets x LoRA, sequence buckets x variants, prompt log-probabilities, admission."""
+    runner = warm.llm_engine.runner
+    assert set(runner._compiled) == set(runner.executables())
+    assert len(runner.executables()) == 1 * 2 + 1 * 3 + 1 + 1
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def roomy(request, tmp_path_factory):
+    """Few weights and tokens, much pool and KV: a copy of a layer of either would show."""
+    folder = tmp_path_factory.mktemp("memory")
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 32}
+    make_text_model(folder, **sizes)
+    return small_llm(
+        folder,
+        num_gpu_blocks_override=2048,
+        max_loras=64,
+        max_cpu_loras=64,
+        max_lora_rank=64,
+        load_format="dummy",
+        tensor_parallel_size=request.param,
+    )
+
+
+def device_bytes(array: jax.Array) -> int:
+    return array.addressable_shards[0].data.nbytes
+
+
+COPIES = pytest.mark.xfail(
+    kernels.default_implementation() == "xla",
+    reason="the XLA definition of the LoRA matmuls copies every layer's slice of the pool",
+)
+
+
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=COPIES)])
+def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
+    runner = roomy.llm_engine.runner
+    memory = runner.compiled("forward", 16, lora).memory_analysis()
+    kv = device_bytes(runner.kv)
+    assert memory.alias_size_in_bytes >= kv
+    layers = runner.model_config.num_layers
+    slices = [kv // layers]
+    if lora:
+        slices += [
+            device_bytes(array) // layers
+            for row in runner.pool.rows.values()
+            for array in (row.a, row.b)
+        ]
+    assert memory.temp_size_in_bytes < min(slices)
+
+
+@pytest.mark.parametrize("variant", ["greedy", "random", "full"])
+def test_sampling_and_admission_write_in_place(roomy, variant):
+    runner = roomy.llm_engine.runner
+    state = sum(map(device_bytes, jax.tree.leaves(runner.state)))
+    for key in (("sample", 8, variant), ("admit",)):
+        assert runner.compiled(*key).memory_analysis().alias_size_in_bytes >= state
+
+
+@pytest.mark.parametrize("dtype", STAGING_DTYPES, ids=str)
+def test_a_block_is_written_in_place(roomy, dtype):
+    pool = roomy.llm_engine.runner.pool
+    for row in roomy.llm_engine.modules.projections:
+        arrays = pool.rows[row.name]
+        memory = pool._writer(row, dtype).memory_analysis()
+        assert memory.alias_size_in_bytes >= device_bytes(arrays.a) + device_bytes(arrays.b)
+        block = sum(device_bytes(array) // array.shape[1] for array in (arrays.a, arrays.b))
+        assert memory.temp_size_in_bytes <= 3 * block  # in float32, transposed, cast
+        assert 3 * block < min(map(device_bytes, (arrays.a, arrays.b)))
