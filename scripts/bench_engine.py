@@ -145,15 +145,16 @@ class Bench:
             self.file.write(line + "\n")
             self.file.flush()
 
-    def run(self, batch: int, tokens: int, answer: int, loras: list[LoRARequest] | None = None) -> float:
+    def run(
+        self, batch: int, tokens: int, answer: int, loras: list[LoRARequest] | None = None
+    ) -> float:
         """Seconds of one generate call."""
         vocab = SHAPES[self.args.shape]["vocab_size"]
         prompts = [
-            {"prompt_token_ids": self.rng.integers(10, vocab, tokens).tolist()} for _ in range(batch)
+            {"prompt_token_ids": self.rng.integers(10, vocab, tokens).tolist()}
+            for _ in range(batch)
         ]
-        params = SamplingParams(
-            temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False
-        )
+        params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
         used = self.loras[: self.args.adapters if self.args.in_use is None else self.args.in_use]
         if loras is not None:
             used = loras

@@ -110,13 +110,19 @@ def adapter_kinds(rank_limit: int = 64) -> dict[str, dict]:
             "rank_pattern": {"q_proj": 3, "layers.1.mlp.down_proj": 20},
             "alpha_pattern": {"v_proj": 9, "layers.0.*": 2},
         },
-        "one-layer-1": {"r": 1, "target_modules": ["o_proj", "up_proj"], "layers_to_transform": [1]},
+        "one-layer-1": {
+            "r": 1,
+            "target_modules": ["o_proj", "up_proj"],
+            "layers_to_transform": [1],
+        },
         "all-64": {"r": 64, "lora_alpha": 32, "target_modules": "all-linear"},
     }
     return {name: kind for name, kind in kinds.items() if kind["r"] <= rank_limit}
 
 
-def make_adapter(model_folder: Path, folder: Path, seed: int = 0, size: float = 0.25, **kind) -> None:
+def make_adapter(
+    model_folder: Path, folder: Path, seed: int = 0, size: float = 0.25, **kind
+) -> None:
     """Saves a random adapter as PEFT does; lora_B is random too, so that it changes the answers."""
     torch.manual_seed(seed)
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float()

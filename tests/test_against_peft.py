@@ -58,7 +58,9 @@ def mixed_batch(adapters, seed, lengths=LENGTHS, limit=511):
         for i in range(len(names))
     ]
     requests = [
-        None if name is None else LoRARequest(name, list(adapters).index(name) + 1, str(adapters[name]))
+        None
+        if name is None
+        else LoRARequest(name, list(adapters).index(name) + 1, str(adapters[name]))
         for name in names
     ]
     return names, prompts, requests

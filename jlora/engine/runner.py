@@ -201,7 +201,7 @@ class ModelRunner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
-        """key: ("forward", tokens, lora), ("sample", seqs, variant), ("prompt", tokens) or admit."""
+        """key: ("forward", tokens, lora), ("sample", seqs, variant), ("prompt", tokens), admit."""
         params, state, kv, dtype = self.params, self.state, self.kv, self.model_config.dtype
         everywhere, width = PartitionSpec(), self.model_config.hidden_size
         param_specs = self._param_specs

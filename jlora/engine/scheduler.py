@@ -205,6 +205,8 @@ class Scheduler:
 
     def register_pages(self, sequence: Sequence) -> None:
         """Makes the sequence's full pages of known tokens findable."""
+        if not self.pages.caching:
+            return
         size = self.pages.page_size
         full = min(sequence.num_computed, len(sequence.tokens)) // size
         for index in range(len(sequence.hashes), min(full, len(sequence.pages))):

@@ -52,7 +52,9 @@ def query_tiles(
 def token_sequences(cu_q_lens: Int[Array, " seqs_1"], tokens: int) -> Int[Array, " tokens"]:
     """The sequence of each token of a step; padding tokens get the last one."""
     index = jnp.arange(tokens, dtype=jnp.int32)
-    seq = jnp.searchsorted(cu_q_lens[1:], index, side="right", method="compare_all").astype(jnp.int32)
+    seq = jnp.searchsorted(cu_q_lens[1:], index, side="right", method="compare_all").astype(
+        jnp.int32
+    )
     return jnp.minimum(seq, cu_q_lens.shape[0] - 2)
 
 

@@ -146,7 +146,11 @@ def ragged_paged_attention(
     Returns q's dtype; rows of padding tokens are unspecified but finite.
     """
     tensors: tuple[Any, ...] = (q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
-    options: dict[str, Any] = {"sm_scale": sm_scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    options: dict[str, Any] = {
+        "sm_scale": sm_scale,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+    }
     match _resolve(implementation):
         case "gpu":
             return attention_gpu.ragged_paged_attention_gpu(

@@ -15,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Callable
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 NO_ADAPTER = -1
@@ -91,17 +93,29 @@ def lora_routing(token_slots: Int[Array, " tokens"], tile: int) -> LoRARouting:
     )
 
 
-def token_blocks(token_slots: Int[Array, " tokens"], slots: SlotTable):
-    """-> blocks [tokens, max_blocks], their scales; scale 0 and block 0 where there is none."""
-    rows = jnp.maximum(token_slots, 0)
-    column = jnp.arange(slots.blocks.shape[1], dtype=jnp.int32)
-    used = (column[None] < slots.counts[rows][:, None]) & (token_slots >= 0)[:, None]
-    return jnp.where(used, slots.blocks[rows], 0), jnp.where(used, slots.scales[rows], 0.0), used
-
-
 def dot_precision(dtype) -> jax.lax.Precision | None:
     """float32 means float32: no TF32 or bf16 passes, which are the default of GPU and TPU."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _walk(
+    routing: LoRARouting, slots: SlotTable, visit: Callable[[Any, Any, Any, Any], Any], start: Any
+) -> Any:
+    """Folds `visit(carry, first token, its tile's slot, block number)` over the blocks in use."""
+
+    def one_pair(pair, carry):
+        slot, first = routing.pair_slot[pair], routing.pair_tile[pair] * routing.tile
+        return jax.lax.fori_loop(
+            0, slots.counts[slot], lambda index, carry: visit(carry, first, slot, index), carry
+        )
+
+    return jax.lax.fori_loop(0, routing.num_pairs[0], one_pair, start)
+
+
+def _pad_tokens(x: Array, tile: int, value: float = 0) -> Array:
+    """Whole tiles of tokens."""
+    padding = [(0, -x.shape[0] % tile)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding, constant_values=value)
 
 
 def lora_shrink_xla(
@@ -111,17 +125,29 @@ def lora_shrink_xla(
     routing: LoRARouting,
     slots: SlotTable,
 ) -> Float[Array, "1 tokens max_blocks parts rank"]:
-    """See `jlora.kernels.lora_shrink`. Multiplies with every block of the layer and picks."""
-    every = jnp.einsum(
-        "td,nprd->tnpr",
-        x,
-        a[layer],
-        precision=dot_precision(a.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    blocks, _, used = token_blocks(routing.token_slots, slots)
-    picked = jnp.take_along_axis(every, blocks[:, :, None, None], axis=1)
-    return jnp.where(used[:, :, None, None], picked, 0.0)[None]
+    """See `jlora.kernels.lora_shrink`. One block of one slot at a time, for a tile of tokens."""
+    tokens, tile = x.shape[0], routing.tile
+    _, _, parts, rank, d_in = a.shape
+    x = _pad_tokens(x, tile)
+    token_slots = _pad_tokens(routing.token_slots, tile, NO_ADAPTER)
+
+    def visit(h, first, slot, index):
+        at = (layer, slots.blocks[slot, index], 0, 0, 0)
+        block = jax.lax.dynamic_slice(a, at, (1, 1, parts, rank, d_in))
+        new = jnp.einsum(
+            "td,pd->tp",
+            jax.lax.dynamic_slice_in_dim(x, first, tile),
+            block.reshape(parts * rank, d_in),
+            precision=dot_precision(a.dtype),
+            preferred_element_type=jnp.float32,
+        ).reshape(tile, 1, parts, rank)
+        old = jax.lax.dynamic_slice(h, (first, index, 0, 0), new.shape)
+        mine = jax.lax.dynamic_slice_in_dim(token_slots, first, tile) == slot
+        merged = jnp.where(mine[:, None, None, None], new, old)
+        return jax.lax.dynamic_update_slice(h, merged, (first, index, 0, 0))
+
+    h = jnp.zeros((x.shape[0], slots.blocks.shape[1], parts, rank), jnp.float32)
+    return _walk(routing, slots, visit, h)[None, :tokens]
 
 
 def lora_expand_xla(
@@ -133,23 +159,31 @@ def lora_expand_xla(
     slots: SlotTable,
     part_widths: tuple[int, ...],
 ) -> Float[Array, "tokens d_out"]:
-    """See `jlora.kernels.lora_expand`. Spreads h over every block of the layer, then multiplies."""
-    blocks, scales, used = token_blocks(routing.token_slots, slots)
-    h = jnp.where(used[:, :, None, None], jnp.sum(h, axis=0) * scales[:, :, None, None], 0.0)
-    spread = (blocks[:, :, None] == jnp.arange(b.shape[1])) & used[:, :, None]
-    mixed = jnp.einsum(
-        "tjn,tjpr->tnpr", spread.astype(jnp.float32), h, precision=jax.lax.Precision.HIGHEST
-    )
-    b_layer, deltas, start = b[layer], [], 0
-    for part, width in enumerate(part_widths):
-        deltas.append(
-            jnp.einsum(
-                "tnr,nro->to",
-                mixed[:, :, part].astype(b.dtype),
-                b_layer[:, :, start : start + width],
+    """See `jlora.kernels.lora_expand`. One block of one slot at a time, for a tile of tokens."""
+    tokens, tile = y.shape[0], routing.tile
+    parts, rank = h.shape[3:]
+    h = _pad_tokens(jnp.sum(h, axis=0), tile)
+    token_slots = _pad_tokens(routing.token_slots, tile, NO_ADAPTER)
+    starts = np.cumsum((0, *part_widths))
+
+    def visit(out, first, slot, index):
+        mine = jax.lax.dynamic_slice_in_dim(token_slots, first, tile) == slot
+        part_h = jax.lax.dynamic_slice(h, (first, index, 0, 0), (tile, 1, parts, rank))[:, 0]
+        part_h = jnp.where(mine[:, None, None], part_h * slots.scales[slot, index], 0)
+        block = slots.blocks[slot, index]
+        deltas = [
+            jnp.dot(
+                part_h[:, part].astype(b.dtype),
+                jax.lax.dynamic_slice(b, (layer, block, 0, start), (1, 1, rank, width))[0, 0],
                 precision=dot_precision(b.dtype),
                 preferred_element_type=jnp.float32,
             )
+            for part, (start, width) in enumerate(zip(starts, part_widths, strict=False))
+        ]
+        rows = jax.lax.dynamic_slice_in_dim(out, first, tile)
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, rows + jnp.concatenate(deltas, axis=1), first, axis=0
         )
-        start += width
-    return (y.astype(jnp.float32) + jnp.concatenate(deltas, axis=1)).astype(y.dtype)
+
+    out = _walk(routing, slots, visit, _pad_tokens(y.astype(jnp.float32), tile))
+    return out[:tokens].astype(y.dtype)

@@ -276,8 +276,8 @@ def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
         ) from error
 
 
-def read_adapter(folder: Path, adapter: str) -> tuple[PEFTHelper, dict[str, np.ndarray]]:
-    """The configuration of an adapter folder and its tensors; the files may change afterwards."""
+def read_config(folder: Path, adapter: str) -> PEFTHelper:
+    """The configuration of an adapter folder."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise AdapterError(f"{adapter}: {folder} has no {CONFIG_NAME}")
@@ -285,7 +285,12 @@ def read_adapter(folder: Path, adapter: str) -> tuple[PEFTHelper, dict[str, np.n
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{adapter}: {path} is not readable JSON: {error}") from error
-    helper = PEFTHelper.from_dict(config, adapter)
+    return PEFTHelper.from_dict(config, adapter)
+
+
+def read_adapter(folder: Path, adapter: str) -> tuple[PEFTHelper, dict[str, np.ndarray]]:
+    """The configuration of an adapter folder and its tensors; the files may change afterwards."""
+    helper = read_config(folder, adapter)
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -321,3 +326,10 @@ def file_identity(folder: Path) -> str:
         except OSError:
             digest.update(f"{name}:absent".encode())
     return digest.hexdigest()
+
+
+def largest_rank(path: str) -> int:
+    """The largest rank that the configuration of an adapter folder or Hub repository names."""
+    adapter = f"adapter {path}"
+    helper = read_config(resolve_adapter_path(path, adapter), adapter)
+    return max(helper.r, *helper.rank_pattern.values(), 0)

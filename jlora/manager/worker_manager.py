@@ -156,11 +156,13 @@ class WorkerLoRAManager:
     def acquire(self, request: LoRARequest) -> int | None:
         """A slot for a request that starts to run, or None when it must wait for others to end.
 
-        Raises AdapterError when the adapter must be read again and cannot.
+        Raises AdapterError when the adapter must be read again and cannot, AdapterInUseError when
+        adapters pinned since leave it no place.
         """
         adapter_id, manager = request.lora_int_id, self.manager
         known = self._known(request)
         if manager.slot_of(adapter_id) is None:
+            self._require_room(request, known.needs if known is not None else None)
             if not manager.has_slot_room():
                 return None
             if manager.get_adapter(adapter_id) is None:

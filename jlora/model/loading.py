@@ -26,6 +26,7 @@ from jlora.projections import ModuleMap
 Path_ = tuple[Any, ...]
 # Buffers that old checkpoints hold and the model computes.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
+WHOLE = PartitionSpec()  # every device has all of it
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -70,7 +71,7 @@ def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
     if stored_vocab(vocab, shards) != vocab:  # padding rows repeat the last one, and are cut off
         order = np.minimum(np.arange(stored_vocab(vocab, shards)), vocab - 1)
 
-    def whole(path: Path_, name: str, *shape: int, spec: PartitionSpec = PartitionSpec()) -> Weight:
+    def whole(path: Path_, name: str, *shape: int, spec: PartitionSpec = WHOLE) -> Weight:
         return Weight(path, (Source(name, 0, shape),), shape, spec, order if spec else None)
 
     vocab_spec = PartitionSpec(AXIS, None)

@@ -140,13 +140,7 @@ def device_bytes(array: jax.Array) -> int:
     return array.addressable_shards[0].data.nbytes
 
 
-COPIES = pytest.mark.xfail(
-    kernels.default_implementation() == "xla",
-    reason="the XLA definition of the LoRA matmuls copies every layer's slice of the pool",
-)
-
-
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=COPIES)])
+@pytest.mark.parametrize("lora", [False, True])
 def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
     runner = roomy.llm_engine.runner
     memory = runner.compiled("forward", 16, lora).memory_analysis()

@@ -1,0 +1,101 @@
+"""The command line, called as a program would be."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+import jlora
+from jlora.cli import main
+
+ASSETS = Path(jlora.__file__).parent / "demo_assets"
+SMALL = [
+    "--enforce-eager",
+    "--max-model-len=64",
+    "--max-num-seqs=8",
+    "--max-num-batched-tokens=32",
+    "--temperature=0",
+]
+
+
+def lora(name):
+    """--lora for an adapter of the demo."""
+    return f"--lora={name}={ASSETS / 'adapters' / name}"
+
+
+def generate(capsys, *arguments, code=0):
+    """Runs `jlora generate` on the demo model; -> JSON lines, what it said on standard error."""
+    assert main(["generate", str(ASSETS / "base"), *arguments]) == code
+    captured = capsys.readouterr()
+    return [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def texts(rows):
+    """The first answer of each line."""
+    return [row["outputs"][0]["text"] for row in rows]
+
+
+def test_prompts_as_arguments_with_an_adapter_for_all(capsys):
+    rows, _ = generate(capsys, "hello =", "open book =", lora("upper"), "--use=upper", *SMALL)
+    assert texts(rows) == ["HELLO", "OPEN BOOK"]
+    assert [row["lora"] for row in rows] == ["upper", "upper"]
+
+
+def test_jsonl_names_adapter_and_options_for_each_line(capsys, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"prompt": "hello =", "lora": "rot13"},
+        {"prompt": "hello =", "max_tokens": 2},
+        {"prompt_token_ids": [1, 80, 85, 237], "n": 2},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    rows, _ = generate(
+        capsys, f"--prompts={file}", f"--out={out}", lora("rot13"), *SMALL, "--max-tokens=8"
+    )
+    assert rows == []
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert texts(rows)[:2] == ["uryyb", "he"]
+    assert len(rows[2]["outputs"]) == 2
+    assert rows[1]["outputs"][0]["finish_reason"] == "length"
+
+
+def test_standard_input_one_prompt_a_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc =\n\nxyz =\n"))
+    rows, _ = generate(capsys, *SMALL)
+    assert texts(rows) == ["abc", "xyz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x", "--lora=upper"], "NAME=PATH"),
+        (["x", "--use=upper"], "adapter 'upper' is not among"),
+        (["x", "--lora=a=/does/not/exist"], "/does/not/exist is not a folder"),
+        (["x", "--max-tokens=0"], "max_tokens must be an integer of at least 1"),
+        (["x", "--prompts=y"], "not both"),
+        (["--prompts=/does/not/exist.jsonl"], "/does/not/exist.jsonl"),
+    ],
+)
+def test_bad_input_is_said_and_exits_with_2(capsys, arguments, said):
+    _, error = generate(capsys, *arguments, *SMALL, code=2)
+    assert error.startswith("jlora: ")
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"text": "x"}', "line 1 must be an object with prompt"),
+        ('{"prompt": "x", "temprature": 1}', "temprature"),
+        ('{"prompt": "x", "lora": "nobody"}', "'nobody'"),
+    ],
+)
+def test_bad_lines_are_named(capsys, tmp_path, line, said):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    _, error = generate(capsys, f"--prompts={file}", *SMALL, code=2)
+    assert said in error
