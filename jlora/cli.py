@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 GENERATE_HELP = """\
-Prompts come from the arguments, from --prompts FILE (one a line; .jsonl: one JSON object a line with
-"prompt" or "prompt_token_ids", and optionally "lora" and any of the sampling options), or from
+Prompts come from the arguments, from --prompts FILE (one a line; .jsonl: one JSON object a line
+with "prompt" or "prompt_token_ids", and optionally "lora" and any of the sampling options), or from
 standard input. Answers are JSON lines in the order of the prompts.
 
   jlora generate MODEL "Hello" --lora sql=path/to/adapter --use sql

@@ -172,7 +172,6 @@ class EngineArgs:
     enforce_eager: bool = False
     skip_tokenizer_init: bool = False
     max_logprobs: int = 20
-    disable_log_stats: bool = False
     enable_lora: bool = False
     max_loras: int = 1
     max_lora_rank: int = 16
@@ -194,7 +193,7 @@ class EngineArgs:
             raise ValueError(
                 f"load_format={self.load_format!r} is not supported; use auto, safetensors or dummy"
             )
-        for name in ("enforce_eager", "skip_tokenizer_init", "disable_log_stats", "enable_lora"):
+        for name in ("enforce_eager", "skip_tokenizer_init", "enable_lora"):
             require_bool(name, getattr(self, name))
         if self.enable_prefix_caching is not None:
             require_bool("enable_prefix_caching", self.enable_prefix_caching)

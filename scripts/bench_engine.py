@@ -96,7 +96,6 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.tags = args, {"adapters": args.adapters, "rank": args.rank}
-        self.file = Path(args.out).open("a") if args.out else None
         model = folder / "model"
         write_model(model, args.shape)
         modules = ModuleMap(model_config(load_hf_config(str(model))))
@@ -141,9 +140,9 @@ class Bench:
         """Prints and writes one figure."""
         line = json.dumps({**figure, **self.tags})
         print(line, flush=True)
-        if self.file is not None:
-            self.file.write(line + "\n")
-            self.file.flush()
+        if self.args.out:
+            with Path(self.args.out).open("a") as file:
+                file.write(line + "\n")
 
     def run(
         self, batch: int, tokens: int, answer: int, loras: list[LoRARequest] | None = None

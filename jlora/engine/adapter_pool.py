@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.kernels import SlotTable
@@ -31,7 +32,9 @@ def _specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
     return a, b
 
 
-def _row_shapes(row: Projection, layers: int, blocks: int, shards: int):
+def _row_shapes(
+    row: Projection, layers: int, blocks: int, shards: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     a = (layers, blocks, len(row.parts), LORA_BLOCK_RANK, row.d_in)
     return a, (layers, blocks, LORA_BLOCK_RANK, row.stored_width(shards))
 
@@ -148,7 +151,16 @@ class AdapterPool:
         return part_of_column[row.columns(self._shards)].astype(np.int32)
 
 
-def write_block(a, b, block, new_a, new_b, scales, *, part_of: np.ndarray):
+def write_block(
+    a: Array,
+    b: Array,
+    block: Array,
+    new_a: Array,
+    new_b: Array,
+    scales: Array,
+    *,
+    part_of: np.ndarray,
+) -> tuple[Array, Array]:
     """a and b with one block replaced; the scale goes into B, in float32 before the cast.
 
     new_a [layers, parts, rank, d_in], new_b [layers, d_out, rank], scales [layers, parts].

@@ -23,7 +23,7 @@ from jlora.engine.runner import ModelRunner, RunnerConfig, StepResult
 from jlora.engine.sampler import variant_of
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import RequestState, Sequence
-from jlora.errors import AdapterError
+from jlora.errors import AdapterInUseError
 from jlora.kernels import Implementation
 from jlora.manager import LRUCacheWorkerLoRAManager
 from jlora.model import AXIS, load_hf_config, load_model, model_config
@@ -327,22 +327,27 @@ class LLMEngine:
         return self.lora
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Loads an adapter before it is asked for; False when it was there already."""
+        """Loads an adapter before it is asked for; False when it was there already.
+
+        With load_inplace it replaces the version that is there, which no request may wait for.
+        """
+        if lora_request.load_inplace:
+            self._require_nobody_waits(lora_request.lora_int_id, "reload")
         return self._manager().add_adapter(lora_request)
 
     def remove_lora(self, lora_id: int) -> bool:
         """Forgets an adapter; False when it is unknown. AdapterInUseError while requests run."""
-        waiting = sum(
-            sequence.request.lora_request is not None
-            and sequence.request.lora_request.lora_int_id == lora_id
-            for sequence in self.scheduler.waiting
-        )
+        self._require_nobody_waits(lora_id, "remove")
+        return self._manager().remove_adapter(lora_id)
+
+    def _require_nobody_waits(self, lora_id: int, verb: str) -> None:
+        requests = (sequence.request.lora_request for sequence in self.scheduler.waiting)
+        waiting = sum(one is not None and one.lora_int_id == lora_id for one in requests)
         if waiting:
-            raise AdapterError(
-                f"adapter {lora_id} is wanted by {waiting} waiting sequences; remove it when they "
+            raise AdapterInUseError(
+                f"adapter {lora_id} is wanted by {waiting} waiting sequences; {verb} it when they "
                 "have finished, or abort them"
             )
-        return self._manager().remove_adapter(lora_id)
 
     def pin_lora(self, lora_id: int) -> bool:
         """Keeps a loaded adapter in its slot until it is removed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -100,11 +101,11 @@ def request_output(request: RequestState) -> RequestOutput | None:
         request.request_id,
         request.prompt,
         request.prompt_token_ids,
-        request.prompt_logprobs,
+        None if request.prompt_logprobs is None else list(request.prompt_logprobs),
         completions,
         finished,
         request.lora_request,
-        request.metrics,
+        dataclasses.replace(request.metrics),
         request.num_cached_tokens,
         kind,
     )

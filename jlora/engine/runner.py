@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 from tqdm import tqdm
 
 from jlora import kernels
@@ -133,7 +134,9 @@ class ModelRunner:
 
     # -- the jitted functions --------------------------------------------------------------
 
-    def _forward(self, params, pool, kv, state: SeqState, batch, *, tokens: int):
+    def _forward(
+        self, params: Any, pool: Any, kv: Array, state: SeqState, batch: Array, *, tokens: int
+    ) -> tuple[Array, Array, Array]:
         """-> kv, hidden [seqs, hidden] of each sequence's last token, hidden of every token."""
         config, model = self.config, nnx.merge(self.graph, params)
         view = token_view(state, batch, tokens, config.page_size)
@@ -141,7 +144,9 @@ class ModelRunner:
         last = jnp.maximum(view.cu_q_lens[1:] - 1, 0)
         return kv, hidden[last], hidden
 
-    def _context(self, view: TokenView, batch, pool: dict[str, RowPool] | None) -> StepContext:
+    def _context(
+        self, view: TokenView, batch: Array, pool: dict[str, RowPool] | None
+    ) -> StepContext:
         config, model = self.config, self.model_config
         cos, sin = rope_cos_sin(model.rope, model.head_dim, view.positions, view.rope_lengths)
         routing = None
@@ -161,7 +166,9 @@ class ModelRunner:
             pool=pool,
         )
 
-    def _sample(self, params, hidden, state: SeqState, batch, *, variant: Variant):
+    def _sample(
+        self, params: Any, hidden: Array, state: SeqState, batch: Array, *, variant: Variant
+    ) -> tuple[SeqState, Array, TokenLogprobs | None]:
         """-> state with the new tokens in the histories, tokens [seqs], log-probabilities."""
         logits = nnx.merge(self.graph, params).logits(hidden)
         tokens, logprobs = sample(logits, state, batch, variant, self.config.max_logprobs)
@@ -170,7 +177,9 @@ class ModelRunner:
         fields = {**vars(state), "tokens": history}
         return SeqState(**fields), tokens, logprobs
 
-    def _prompt_logprobs(self, params, hidden, state: SeqState, batch):
+    def _prompt_logprobs(
+        self, params: Any, hidden: Array, state: SeqState, batch: Array
+    ) -> TokenLogprobs:
         """The log-probability of what follows each token of the step."""
         model, tokens = nnx.merge(self.graph, params), hidden.shape[0]
         view = token_view(state, batch, tokens, self.config.page_size)
@@ -179,7 +188,7 @@ class ModelRunner:
         hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
         targets = jnp.pad(view.next_tokens, (0, padding)).reshape(-1, chunk)
 
-        def one(inputs):
+        def one(inputs: tuple[Array, Array]) -> TokenLogprobs:
             return token_logprobs(model.logits(inputs[0]), inputs[1], self.config.max_logprobs)
 
         chunks = jax.lax.map(one, (hidden, targets))
@@ -187,12 +196,12 @@ class ModelRunner:
 
     # -- compiling -------------------------------------------------------------------------
 
-    def _specs(self, lora: bool):
+    def _specs(self, lora: bool) -> tuple[Any, ...]:
         everywhere = PartitionSpec()
         pool = self.pool.specs if lora and self.pool is not None else None
         return self._param_specs, pool, self._kv_spec, everywhere, everywhere
 
-    def _sharded(self, function: Callable, in_specs, out_specs) -> Callable:
+    def _sharded(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
@@ -204,6 +213,8 @@ class ModelRunner:
         """key: ("forward", tokens, lora), ("sample", seqs, variant), ("prompt", tokens), admit."""
         params, state, kv, dtype = self.params, self.state, self.kv, self.model_config.dtype
         everywhere, width = PartitionSpec(), self.model_config.hidden_size
+        arguments: tuple[Any, ...]
+        function: Callable
         param_specs = self._param_specs
 
         def batch(seqs: int) -> jax.ShapeDtypeStruct:
@@ -262,7 +273,7 @@ class ModelRunner:
             self._compiled.update(zip(keys, bar, strict=True))
         logger.info("compiled %d executables in %.1f s", len(keys), time.perf_counter() - start)
 
-    def compiled(self, *key) -> jax.stages.Compiled:
+    def compiled(self, *key: Any) -> jax.stages.Compiled:
         """The executable for a key of `executables`, compiled now when warm-up was skipped."""
         if key not in self._compiled:
             start = time.perf_counter()
@@ -272,7 +283,7 @@ class ModelRunner:
 
     # -- running ---------------------------------------------------------------------------
 
-    def _put(self, value):
+    def _put(self, value: Any) -> Any:
         return jax.device_put(value, self._replicated)
 
     def dispatch(self, plan: Plan, variant: Variant, prompt_logprobs: bool) -> StepResult:

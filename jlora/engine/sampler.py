@@ -104,7 +104,7 @@ def sample(
     return tokens, token_logprobs(raw, tokens, top) if variant == "full" else None
 
 
-def add_bias(logits, state: SeqState, batch):
+def add_bias(logits: Array, state: SeqState, batch: Array) -> Array:
     """logit_bias, and -inf for the stop tokens of answers shorter than min_tokens."""
     row = batch[:, ROW]
     drawn = batch[:, KV_LEN] - state.ints[row, PROMPT_LEN]
@@ -115,7 +115,7 @@ def add_bias(logits, state: SeqState, batch):
     return logits.at[rows, ids].add(state.bias_values[row], mode="drop")
 
 
-def penalize(logits, state: SeqState, batch):
+def penalize(logits: Array, state: SeqState, batch: Array) -> Array:
     """Repetition, then frequency and presence; the counts come from the history of tokens."""
     row = batch[:, ROW]
     history = state.tokens[row]  # [rows, history]
@@ -155,11 +155,12 @@ def draw(
     descending = jnp.where(descending < kth, -jnp.inf, descending)
     probability = jax.nn.softmax(descending, axis=1)
     before = jnp.cumsum(probability, axis=1) - probability
-    kept = (before < top_p[:, None]) | (jnp.arange(vocab)[None] == 0)
+    # At 1 everything is kept, whatever the sum has lost to rounding.
+    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1) | (jnp.arange(vocab)[None] == 0)
     least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=1, keepdims=True)
     logits = jnp.where((logits < least) | (logits < kth), -jnp.inf, logits)
 
-    def noise(seed, index):
+    def noise(seed: Array, index: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), index)
         return jax.random.gumbel(key, (vocab,), jnp.float32)
 

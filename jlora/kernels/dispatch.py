@@ -31,7 +31,8 @@ def _resolve(implementation: Implementation | None) -> Implementation:
         return default_implementation()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"implementation {implementation!r} is unknown; choose one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
         )
     return implementation
 

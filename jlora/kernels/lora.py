@@ -4,7 +4,7 @@ An adapter holds, for one projection, a list of *rank blocks*; a *slot* is what 
 `blocks(t)` the blocks of token t's slot, for every part p of the projection (q, k, v of qkv):
 
     shrink:  h[t, j, p] = A[layer, blocks(t)[j], p] @ x[t]
-    expand:  y[t, columns of p] += sum_j scale(t)[j] * h[t, j, p] @ B[layer, blocks(t)[j]][:, columns of p]
+    expand:  y[t, cols(p)] += sum_j scale(t)[j] * h[t, j, p] @ B[layer, blocks(t)[j], :, cols(p)]
 
 which is LoRA's `y += B A x` (Hu et al. 2021, eq. 3) with the rank cut into blocks. This file is the
 specification of the other backends and what runs on a CPU.
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable
-
 from typing import Any
 
 import jax

@@ -132,8 +132,10 @@ def packed_layers(
 
 def blocks_needed(lora: LoRAModel, modules: ModuleMap) -> dict[str, int]:
     """Rank blocks an adapter takes in each projection; 0 where it changes nothing."""
-    ranks = {
-        row.name: max(layer.rank for layer in packed_layers(lora, modules, row))
-        for row in modules.projections
-    }
-    return {name: -(-rank // LORA_BLOCK_RANK) for name, rank in ranks.items()}
+    if lora.blocks_needed is None:
+        ranks = {
+            row.name: max(layer.rank for layer in packed_layers(lora, modules, row))
+            for row in modules.projections
+        }
+        lora.blocks_needed = {name: -(-rank // LORA_BLOCK_RANK) for name, rank in ranks.items()}
+    return lora.blocks_needed

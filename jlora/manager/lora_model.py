@@ -91,6 +91,7 @@ class LoRAModel:
         self.id = lora_model_id
         self.rank = rank
         self.loras = loras
+        self.blocks_needed: dict[str, int] | None = None  # see blocks.blocks_needed
         self.identity = identity or f"id:{lora_model_id}"
 
     def get_lora(self, module_name: str) -> LoRALayerWeights | None:

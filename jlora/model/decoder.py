@@ -43,7 +43,7 @@ def stored_vocab(vocab_size: int, shards: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graph: Any, params: Any, hidden: Any, kv: Any, layer: Any, step: StepContext):
+def _run_layer(graph: Any, params: Any, hidden: Any, kv: Any, layer: Any, step: StepContext) -> Any:
     """One layer; being a jit of its own it is traced and lowered once for all layers alike."""
     return nnx.merge(graph, params)(hidden, kv, layer, step)
 

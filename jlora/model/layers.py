@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jlora.projections import Projection
 
 AXIS = "model"  # of the mesh, over which a model is divided
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -147,7 +148,7 @@ class DecoderLayer(nnx.Module):
         gate, up = jnp.split(gate_up, [self.gate_up.part_widths[0]], axis=-1)
         return hidden + self.down(ACTIVATIONS[self.activation](gate) * up, layer, step), kv
 
-    def attention(self, x, kv, layer, step: StepContext):
+    def attention(self, x: Array, kv: Array, layer: Any, step: StepContext) -> tuple[Array, Array]:
         """Writes the tokens' keys and values, then attends; -> [tokens, hidden], kv."""
         widths = self.qkv.part_widths
         qkv = jnp.split(self.qkv(x, layer, step), [widths[0], widths[0] + widths[1]], axis=-1)

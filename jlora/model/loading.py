@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,10 @@ from tqdm import tqdm
 from jlora.config import ModelConfig
 from jlora.model.decoder import Decoder, stored_vocab
 from jlora.model.layers import AXIS
-from jlora.projections import ModuleMap
+from jlora.projections import ModuleMap, Projection
 
 Path_ = tuple[Any, ...]
+T = TypeVar("T")
 # Buffers that old checkpoints hold and the model computes.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
 WHOLE = PartitionSpec()  # every device has all of it
@@ -98,7 +99,9 @@ def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
     return table
 
 
-def _projection_weights(modules: ModuleMap, row, layer: int, shards: int) -> list[Weight]:
+def _projection_weights(
+    modules: ModuleMap, row: Projection, layer: int, shards: int
+) -> list[Weight]:
     weights, biases, start = [], [], 0
     for index, part in enumerate(row.parts):
         name = modules.name(row, index, layer)
@@ -150,11 +153,13 @@ def _as_state(like: Any, values: dict[Path_, Any]) -> Any:
     return nnx.from_flat_state(flat)
 
 
-def _random_weights(table, shapes, mesh: Mesh, seed: int, progress: bool) -> dict[Path_, jax.Array]:
+def _random_weights(
+    table: list[Weight], shapes: dict[Path_, Any], mesh: Mesh, seed: int, progress: bool
+) -> dict[Path_, jax.Array]:
     """Norms of one, biases of zero, normal matrices that keep the activations' size."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-    def draw(key, shape, dtype, sharding):
+    def draw(key: Any, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
         scale = 0.02 if len(shape) == 2 else 0.0
         value = scale * jax.random.normal(key, shape, jnp.float32)
         return jax.lax.with_sharding_constraint(value.astype(dtype), sharding)
@@ -171,7 +176,7 @@ def _random_weights(table, shapes, mesh: Mesh, seed: int, progress: bool) -> dic
     return arrays
 
 
-def _bar(items, text: str, progress: bool):
+def _bar(items: Iterable[T], text: str, progress: bool) -> Iterable[T]:
     return tqdm(items, desc=text, disable=not progress, leave=False, dynamic_ncols=True)
 
 
@@ -263,11 +268,15 @@ def _fault(
     return None
 
 
-def _fill(buffers, weight: Weight, source: Source, tensor: np.ndarray) -> np.ndarray:
+def _fill(
+    buffers: dict[Path_, np.ndarray], weight: Weight, source: Source, tensor: np.ndarray
+) -> np.ndarray:
     if source.shape == weight.shape:
         return buffers.setdefault(weight.path, tensor)
     if weight.path not in buffers:
         buffers[weight.path] = np.zeros(weight.shape, tensor.dtype)  # zero: a part without bias
+    elif buffers[weight.path].dtype != tensor.dtype:  # float32 holds every part's values
+        buffers[weight.path] = buffers[weight.path].astype(np.float32)
     buffers[weight.path][source.start : source.start + source.shape[0]] = tensor
     return buffers[weight.path]
 
@@ -283,6 +292,6 @@ def _to_device(buffer: np.ndarray, weight: Weight, dtype: str, mesh: Mesh) -> ja
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _finish(value, transposed: bool, dtype, sharding):
+def _finish(value: jax.Array, transposed: bool, dtype: Any, sharding: Any) -> jax.Array:
     value = (value.T if transposed else value).astype(dtype)
     return jax.lax.with_sharding_constraint(value, sharding)

@@ -102,7 +102,7 @@ def rope_cos_sin(
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
 
 
-def _long_frequencies(rope: RopeConfig, head_dim: int, lengths):
+def _long_frequencies(rope: RopeConfig, head_dim: int, lengths: Array) -> Array:
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     if rope.type == "longrope":
         factors = jnp.asarray(rope.get("long_factor"), jnp.float32)

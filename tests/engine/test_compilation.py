@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import LoRARequest, SamplingParams, kernels
+from jlora import LoRARequest, SamplingParams
 from jlora.engine.adapter_pool import STAGING_DTYPES
 from tests.engine.tools import make_adapters, make_text_model, small_llm
 

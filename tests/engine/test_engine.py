@@ -9,6 +9,7 @@ import pytest
 
 from jlora import (
     AdapterError,
+    AdapterInUseError,
     EngineArgs,
     LLMEngine,
     LoRARequest,
@@ -183,7 +184,9 @@ def test_adapter_that_changes_while_a_request_waits(llm, files, tmp_path):
     kind = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
     make_adapter(files.model, tmp_path / "a", seed=9, **kind)
     reload = LoRARequest("a", 1, str(tmp_path / "a"), load_inplace=True)
-    llm.llm_engine.add_lora(reload)
+    with pytest.raises(AdapterInUseError, match="1 is wanted by 1 waiting sequences; reload it"):
+        llm.llm_engine.add_lora(reload)
+    llm.llm_engine.lora.manager.remove_adapter(1)  # as an eviction would
     output = run(llm.llm_engine)[-1]
     assert output.num_cached_tokens == 0
     found = Comparison()

@@ -152,7 +152,12 @@ class Manager(RuleBasedStateMachine):
 
     @rule(adapter_id=IDS)
     def acquire(self, adapter_id: int) -> None:
-        slot = self.worker.acquire(self.request(adapter_id))
+        try:
+            slot = self.worker.acquire(self.request(adapter_id))
+        except AdapterInUseError:  # for good: adapters are pinned in its place
+            assert adapter_id not in self.active
+            assert not self.fit(self.pinned | {adapter_id})
+            return
         room = adapter_id in self.active or self.fit(self.held() | {adapter_id})
         if slot is None:
             assert not room
