@@ -154,22 +154,24 @@ class Bench:
             for _ in range(batch)
         ]
         params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
-        used = self.loras[: self.args.adapters if self.args.in_use is None else self.args.in_use]
-        if loras is not None:
-            used = loras
+        used = self.loras[: self.args.adapters] if loras is None else loras
         requests = [used[i % len(used)] for i in range(batch)] if used else None
         start = time.perf_counter()
         self.llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
         return time.perf_counter() - start
 
-    def decode(self, batches: list[int]) -> None:
-        """(66 tokens - 2 tokens) / 64 after prompts of 128, each the better of two."""
-        extra = {}
-        if self.args.in_use is not None:
-            extra = {"in_use": self.args.in_use, "max_lora_rank": self.args.max_lora_rank}
+    def decode(self, batches: list[int], in_use: int | None = None) -> None:
+        """(66 tokens - 2 tokens) / 64 after prompts of 128, each the better of two.
+
+        in_use: how many of the adapters the batch uses; all when None.
+        """
+        extra, loras = {}, None
+        if in_use is not None:
+            extra = {"in_use": in_use, "max_lora_rank": self.args.max_lora_rank}
+            loras = self.loras[:in_use]
         for batch in batches:
-            self.run(batch, 128, 2)
-            long, short = (min(self.run(batch, 128, n) for _ in range(2)) for n in (66, 2))
+            self.run(batch, 128, 2, loras)
+            long, short = (min(self.run(batch, 128, n, loras) for _ in range(2)) for n in (66, 2))
             step = (long - short) / 64
             self.say(
                 what="decode",
@@ -217,7 +219,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=0, help="0: LoRA off")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--max-lora-rank", type=int, help="default: the rank")
-    parser.add_argument("--in-use", type=int, help="adapters a batch uses (default: all)")
+    parser.add_argument(
+        "--in-use", type=int, nargs="+", default=[None], help="adapters a batch uses (default: all)"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--what", nargs="+", default=["decode", "prefill", "throughput", "load"])
     parser.add_argument("--batches", nargs="+", type=int, default=list(DECODE_BATCHES))
@@ -232,7 +236,7 @@ def main() -> None:
     try:
         bench = Bench(args, folder)
         steps = {
-            "decode": lambda: bench.decode(args.batches),
+            "decode": lambda: [bench.decode(args.batches, n) for n in args.in_use],
             "prefill": bench.prefill,
             "throughput": bench.throughput,
             "load": bench.load,

@@ -172,6 +172,7 @@ class Comparison:
     ties: int = 0
     differences: list[str] = dataclasses.field(default_factory=list)
     worst_logprob: float = 0.0
+    logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 def compare(
@@ -199,7 +200,8 @@ def compare(
                     f"{order[0]} (by {row[order[0]] - row[token]:.2g})"
                 )
         if logprobs is not None:
-            error = abs(logprobs[index][token].logprob - row[token])
+            found.logprobs.append(logprobs[index][token].logprob)
+            error = abs(found.logprobs[-1] - row[token])
             found.worst_logprob = max(found.worst_logprob, float(error))
 
 
