@@ -144,7 +144,7 @@ class LLMEngine:
         )
 
     def warm_up(self, progress: bool = False) -> None:
-        """Compiles every executable, then runs one step with an adapter in every slot."""
+        """Compiles every executable, then writes a dummy adapter of full rank into every slot."""
         self.runner.warm_up(progress)
         if self.lora is None or self.runner.pool is None:
             return
