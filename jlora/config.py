@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ def resolve_dtype(name: Any, argument: str, auto: str) -> str:
 
 def require_int(name: str, value: Any, least: int) -> None:
     """Raises unless value is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -12,6 +12,9 @@ from tqdm import tqdm
 from jlora.config import EngineArgs
 from jlora.engine import LLMEngine
 from jlora.request import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
+
+# vLLM's other ways of running a model.
+UNSUPPORTED = ("beam_search", "classify", "embed", "encode", "reward", "score")
 
 
 class LLM:
@@ -22,6 +25,11 @@ class LLM:
         args = EngineArgs.from_options(model=model, **options)
         self.llm_engine = LLMEngine.from_engine_args(args, progress=use_tqdm)
         self._ids = itertools.count()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in UNSUPPORTED:
+            raise AttributeError(f"LLM.{name} is not supported by jlora; generate and chat are")
+        raise AttributeError(f"LLM has no attribute {name!r}")
 
     def get_tokenizer(self) -> Any:
         """The model's tokeniser."""
@@ -45,9 +53,13 @@ class LLM:
         lora_request: one for all, or a list with one for each. Raises ValueError, and runs
         nothing, when any of them is wrong.
         """
-        if isinstance(prompts, (str, dict)):
+        if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
         return self._run(list(prompts), sampling_params, lora_request, use_tqdm, True)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix."""
+        return self.llm_engine.reset_prefix_cache()
 
     def chat(
         self,

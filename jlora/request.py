@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class LoRARequest:
 
     def __post_init__(self) -> None:
         number = self.lora_int_id
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not isinstance(number, numbers.Integral) or isinstance(number, bool) or number < 1:
             raise ValueError(f"lora_int_id must be an integer from 1, not {number!r}")
         if not self.lora_name or not isinstance(self.lora_name, str):
             raise ValueError(f"lora_name must be a name, not {self.lora_name!r}")
@@ -129,7 +130,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 0)
-        if not isinstance(self.seed, (int, type(None))) or isinstance(self.seed, bool):
+        if not isinstance(self.seed, (numbers.Integral, type(None))) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be an integer, not {self.seed!r}")
         self._check_ranges()
         self.stop = _listed("stop", self.stop)
@@ -158,9 +159,9 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             open_end = name in ("top_p", "repetition_penalty") and value == 0
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, not {value!r}")
-            if not low <= value <= high or open_end:
+            if not low <= value <= high or open_end:  # type: ignore[operator]
                 raise ValueError(f"{name}={value} is outside {low} .. {high}")
 
     def _checked_bias(self) -> dict[int, float]:
@@ -170,7 +171,7 @@ class SamplingParams:
             )
         for token, value in (self.logit_bias or {}).items():
             require_int("logit_bias token", token, 0)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             forbidden = number and value == -float("inf")
             if not forbidden and not (number and abs(value) <= _LARGEST_FLOAT):
                 raise ValueError(f"logit_bias of token {token} must be a number, not {value!r}")

@@ -99,3 +99,14 @@ def test_bad_lines_are_named(capsys, tmp_path, line, said):
     file.write_text(line)
     _, error = generate(capsys, f"--prompts={file}", *SMALL, code=2)
     assert said in error
+
+
+def test_options_may_stand_between_model_and_prompt(capsys):
+    assert main(["generate", str(ASSETS / "base"), *SMALL, "hello ="]) == 0
+    assert texts([json.loads(capsys.readouterr().out)]) == ["hello"]
+
+
+def test_unknown_options_are_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", str(ASSETS / "base"), "x", "--beam-width=4"])
+    assert "--beam-width=4" in capsys.readouterr().err

@@ -209,3 +209,22 @@ def test_all_pinned_is_a_clear_error(llm_engine, make_lora):
 def test_pin_of_an_unknown_adapter(llm_engine):
     with pytest.raises(ValueError, match="9 is not registered"):
         llm_engine.pin_lora(9)
+
+
+@pytest.mark.parametrize("name", ["beam_search", "embed", "encode", "score", "classify"])
+def test_what_is_out_of_scope_is_refused_by_name(name):
+    with pytest.raises(AttributeError, match=f"LLM.{name} is not supported"):
+        getattr(LLM.__new__(LLM), name)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("speculative_config", {}), ("guided_decoding_backend", "auto")]
+)
+def test_unsupported_engine_arguments_are_named(option, value):
+    with pytest.raises(TypeError, match=option):
+        LLM("model", **{option: value})
+
+
+def test_structured_output_is_refused_by_name():
+    with pytest.raises(TypeError, match="structured_outputs"):
+        SamplingParams(structured_outputs={"json": {}})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -82,11 +82,11 @@ class AsyncLLMEngine:
             for stream in self._streams.values():
                 stream.put_nowait(error)
 
-    async def abort(self, request_id: str) -> None:
-        """Ends a request; its stream ends after the outputs that it has."""
-        await self._call(self.engine.abort_request, request_id)
-        stream = self._streams.get(request_id)
-        if stream is not None:
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests; their streams end after the outputs that they have."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        await self._call(self.engine.abort_request, ids)
+        for stream in (self._streams[one] for one in ids if one in self._streams):
             stream.put_nowait(None)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:

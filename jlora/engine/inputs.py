@@ -76,7 +76,10 @@ class InputProcessor:
     def _tokenize(self, text: str | None, add_special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("skip_tokenizer_init=True: pass prompt_token_ids instead of text")
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except (TypeError, UnicodeError) as error:  # a lone surrogate
+            raise ValueError(f"the prompt is not text that can be encoded: {error}") from error
 
     def _check_tokens(self, tokens: list[int], max_model_len: int) -> None:
         if not tokens:
@@ -144,4 +147,12 @@ def generation_config(model: str, revision: str | None) -> dict[str, Any]:
             path = Path(hf_hub_download(model, path.name, revision=revision))
         except EntryNotFoundError:  # also: offline, and not in the cache
             return {}
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a table")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ class LLMEngine:
         mesh = _mesh(args.tensor_parallel_size)
         implementation = _implementation(args, model)
         self.args, self.model_config = args, model
-        self.lora_config = args.lora_config()
+        self.lora_config = _with_dtype(args.lora_config(), model)
         self._check_sizes()
         self.modules = ModuleMap(model)
         self.inputs = InputProcessor(args, model)
@@ -60,7 +61,9 @@ class LLMEngine:
         pool = None
         if self.lora_config is not None:
             self.lora = LRUCacheWorkerLoRAManager(self.modules, self.lora_config)
-            pool = AdapterPool(self.modules, self.lora_config, self._lora_dtype(), mesh)
+            pool = AdapterPool(
+                self.modules, self.lora_config, self._pool_dtype(implementation), mesh
+            )
         jax.block_until_ready(weights.params)
         sizes = self._sizes(implementation)
         self.runner = ModelRunner(weights, model, sizes, mesh, pool)
@@ -120,17 +123,18 @@ class LLMEngine:
             implementation,
         )
 
-    def _lora_dtype(self) -> jnp.dtype:
+    def _pool_dtype(self, implementation: Implementation) -> jnp.dtype:
         assert self.lora_config is not None  # only called with LoRA on
-        name = self.lora_config.lora_dtype
-        return jnp.dtype(self.model_config.dtype if name == "auto" else name)
+        return kernels.storage_dtype(self.lora_config.lora_dtype, implementation=implementation)
 
     def _log_memory(self, params: Any, sizes: RunnerConfig, mesh: Mesh, pool: Any) -> None:
         shards = mesh.shape[AXIS]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / shards
         adapters = 0
         if pool is not None and self.lora_config is not None:
-            adapters = pool_bytes(self.modules, self.lora_config, self._lora_dtype(), shards)
+            adapters = pool_bytes(
+                self.modules, self.lora_config, self._pool_dtype(sizes.implementation), shards
+            )
         kv = self.runner.kv.nbytes / shards
         logger.info(
             "memory a device: weights %.1f MB, adapters %.1f MB (%s), KV cache %.1f MB "
@@ -248,7 +252,11 @@ class LLMEngine:
             self._collect(changed)
             plan = self.scheduler.schedule(in_flight=False)
             assert plan is not None  # nothing is in flight
-        result = self._dispatch(plan) if plan.entries else None
+        try:
+            result = self._dispatch(plan) if plan.entries else None
+        except BaseException as error:  # an interrupt too
+            self.scheduler.abandon(plan, f"the step failed: {type(error).__name__} {error}")
+            raise
         self._collect(changed)
         self._in_flight = result
         for sequence in self.scheduler.failed:
@@ -331,6 +339,10 @@ class LLMEngine:
 
         With load_inplace it replaces the version that is there, which no request may wait for.
         """
+        if not isinstance(lora_request, LoRARequest):
+            raise ValueError(
+                f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
+            )
         if lora_request.load_inplace:
             self._require_nobody_waits(lora_request.lora_int_id, "reload")
         return self._manager().add_adapter(lora_request)
@@ -363,6 +375,13 @@ class LLMEngine:
         return True
 
 
+def _with_dtype(config: LoRAConfig | None, model: ModelConfig) -> LoRAConfig | None:
+    """The limits with lora_dtype "auto" made the model's."""
+    if config is None or config.lora_dtype != "auto":
+        return config
+    return dataclasses.replace(config, lora_dtype=model.dtype)
+
+
 def _mesh(shards: int) -> Mesh:
     devices = jax.devices()
     if shards > len(devices):
@@ -380,6 +399,10 @@ def _implementation(args: EngineArgs, model: ModelConfig) -> Implementation:
     if name not in kernels.IMPLEMENTATIONS:
         raise ValueError(
             f"kernel_implementation={name!r} must be one of {', '.join(kernels.IMPLEMENTATIONS)}"
+        )
+    if name != "xla" and name != kernels.default_implementation():
+        raise ValueError(
+            f"kernel_implementation={name!r} does not run on {jax.default_backend()} devices"
         )
     return name
 

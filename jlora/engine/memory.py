@@ -45,7 +45,8 @@ def page_bytes(
         implementation=implementation,
     )
     size, heads, head_dim = shape
-    return size * heads * head_dim * jnp.dtype(model.dtype).itemsize * model.num_layers
+    kept = kernels.storage_dtype(model.dtype, implementation=implementation)
+    return size * heads * head_dim * kept.itemsize * model.num_layers
 
 
 def step_bytes(model: ModelConfig, tokens: int, seqs: int, shards: int) -> int:

@@ -122,10 +122,9 @@ class ModelRunner:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         shards = mesh.shape[AXIS]
         self._kv_spec = PartitionSpec(None, None, AXIS, None)
+        kept = kernels.storage_dtype(model_config.dtype, implementation=config.implementation)
         self.kv = jax.jit(
-            functools.partial(
-                jnp.zeros, kv_shape(model_config, config, shards), jnp.dtype(model_config.dtype)
-            ),
+            functools.partial(jnp.zeros, kv_shape(model_config, config, shards), kept),
             out_shardings=NamedSharding(mesh, self._kv_spec),
         )()
         state = empty_state(config.max_num_seqs, config.history)
@@ -192,7 +191,7 @@ class ModelRunner:
             return token_logprobs(model.logits(inputs[0]), inputs[1], self.config.max_logprobs)
 
         chunks = jax.lax.map(one, (hidden, targets))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], chunks)
+        return jax.tree.map(lambda x: x.reshape(tokens + padding, *x.shape[2:])[:tokens], chunks)
 
     # -- compiling -------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from jlora.engine.kv_pages import PageAllocator, page_hash, root_hash
 from jlora.engine.sequence import Sequence, Status
-from jlora.errors import AdapterError
 from jlora.manager import WorkerLoRAManager
 
 logger = logging.getLogger(__name__)
@@ -89,8 +88,8 @@ class Scheduler:
         if budget > 0 and self.num_preemptions == preemptions:  # else they would come right back
             self._admit(plan, budget)
         for entry in plan.entries:
-            if entry.sequence.slot >= 0 and self.lora is not None:
-                self.lora.manager.touch(entry.sequence.request.lora_request.lora_int_id)  # type: ignore[union-attr]
+            if entry.sequence.adapter_id is not None and self.lora is not None:
+                self.lora.manager.touch(entry.sequence.adapter_id)
         plan.entries.sort(key=lambda entry: entry.sequence.slot)  # fewer tiles in the kernels
         return plan
 
@@ -138,14 +137,17 @@ class Scheduler:
         Not for ever: after MAX_PASSES of them no other adapter starts before it does.
         """
         passed: list[Sequence] = []
+        full: set[int] = set()  # adapters that can have no slot in this step
         enough = False  # somebody has been passed often enough
         while self.waiting and budget > 0 and self._free_rows:
             sequence = self.waiting.popleft()
-            must_wait = enough and sequence.request.lora_request is not None
+            adapter = sequence.adapter_id
+            must_wait = adapter is not None and (enough or adapter in full)
             if must_wait or not self._acquire_slot(sequence):
                 if not sequence.finished:
                     passed.append(sequence)
                     enough |= sequence.passes >= MAX_PASSES
+                    full.add(adapter or 0)
                 continue
             count = self._start(sequence, budget)
             if count == 0:  # no pages: nobody behind it may take them
@@ -168,7 +170,7 @@ class Scheduler:
             return True
         try:
             slot = self.lora.acquire(request)
-        except AdapterError as error:
+        except Exception as error:  # of any kind: the others must go on
             self._fail(sequence, str(error))
             return False
         if slot is None:
@@ -179,8 +181,8 @@ class Scheduler:
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:
-        if sequence.slot >= 0 and self.lora is not None:
-            self.lora.manager.release(sequence.request.lora_request.lora_int_id)  # type: ignore[union-attr]
+        if sequence.slot >= 0 and sequence.adapter_id is not None and self.lora is not None:
+            self.lora.manager.release(sequence.adapter_id)
         sequence.slot = -1
 
     def _start(self, sequence: Sequence, budget: int) -> int:
@@ -233,6 +235,14 @@ class Scheduler:
         sequence.finish("abort", reason)
         self.failed.append(sequence)
         logger.error("request %s failed: %s", sequence.request.request_id, reason)
+
+    def abandon(self, plan: Plan, reason: str) -> None:
+        """A plan could not be run: ends its sequences, and forgets what its pages should hold."""
+        for entry in plan.entries:
+            if not entry.sequence.finished:
+                self._fail(entry.sequence, reason)
+                self.remove(entry.sequence)
+        self.pages.reset()
 
     def remove(self, sequence: Sequence) -> None:
         """Frees everything of a sequence that has finished."""

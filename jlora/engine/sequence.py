@@ -58,6 +58,12 @@ class Sequence:
     reported_end: bool = False
 
     @property
+    def adapter_id(self) -> int | None:
+        """Of the request's adapter."""
+        lora_request = self.request.lora_request
+        return None if lora_request is None else lora_request.lora_int_id
+
+    @property
     def length(self) -> int:
         """Tokens, those in flight included."""
         return len(self.tokens) + self.in_flight

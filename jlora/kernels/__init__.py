@@ -10,6 +10,7 @@ from jlora.kernels.dispatch import (
     lora_routing,
     lora_shrink,
     ragged_paged_attention,
+    storage_dtype,
     write_kv,
 )
 from jlora.kernels.lora import NO_ADAPTER, LoRARouting, SlotTable, dot_precision
@@ -27,6 +28,7 @@ __all__ = [
     "lora_routing",
     "lora_shrink",
     "ragged_paged_attention",
+    "storage_dtype",
     "token_sequences",
     "write_kv",
 ]

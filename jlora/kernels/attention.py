@@ -20,7 +20,7 @@ MASKED = -1e30  # finite: a row without any key gives zeros, not NaN
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["seq", "start", "num_tiles", "first_tile"],
+    data_fields=["seq", "start", "num_tiles"],
     meta_fields=["tile"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,6 @@ class QueryTiles:
     seq: Int[Array, " tiles"]  # sequence of a tile
     start: Int[Array, " tiles"]  # its first query, counted from the sequence's first in this step
     num_tiles: Int[Array, ""]
-    first_tile: Int[Array, " seqs"]
     tile: int
 
 
@@ -46,7 +45,7 @@ def query_tiles(
     seq = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     seq = jnp.minimum(seq, seqs - 1)
     first_tile = ends - counts
-    return QueryTiles(seq, (index - first_tile[seq]) * tile, ends[-1], first_tile, tile)
+    return QueryTiles(seq, (index - first_tile[seq]) * tile, ends[-1], tile)
 
 
 def token_sequences(cu_q_lens: Int[Array, " seqs_1"], tokens: int) -> Int[Array, " tokens"]:
@@ -70,50 +69,67 @@ def ragged_paged_attention_xla(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "tokens heads head_dim"]:
-    """See `jlora.kernels.ragged_paged_attention`. One tile of queries at a time."""
+    """See `jlora.kernels.ragged_paged_attention`.
+
+    A tile of queries at a time, page by page, with a running softmax (Milakov and Gimelshein 2018).
+    """
     tokens, heads, head_dim = q.shape
-    kv_heads = kv_pages.shape[2] // 2
-    tile = min(8, tokens)
+    _, page_size, kv_heads_2, _ = kv_pages.shape
+    kv_heads = kv_heads_2 // 2
+    tile = 8 if tokens <= 64 else 32
     tiles = query_tiles(cu_q_lens, num_seqs, tokens, tile)
-    q_lens = jnp.diff(cu_q_lens)
     highest = jax.lax.Precision.HIGHEST
+    q = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
 
-    def attend(one):
-        seq, start = one
-        local = start + jnp.arange(tile)  # [tile]
-        rows = jnp.minimum(cu_q_lens[seq] + local, tokens - 1)
-        q_tile = q[rows].reshape(tile, kv_heads, heads // kv_heads, head_dim)
-        kv = kv_pages[page_indices[seq]].reshape(-1, kv_heads, 2, head_dim)  # [keys, ...]
-        scores = sm_scale * jnp.einsum(
-            "qhgd,khd->hgqk",
-            q_tile,
-            kv[:, :, 0],
-            precision=highest,
-            preferred_element_type=jnp.float32,
-        )
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        q_position = (kv_lens[seq] - q_lens[seq] + local)[:, None]
-        k_position = jnp.arange(kv.shape[0])[None]
-        seen = (k_position <= q_position) & (k_position < kv_lens[seq])
-        if sliding_window is not None:
-            seen &= k_position > q_position - sliding_window
-        scores = jnp.where(seen, scores, MASKED)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)) * seen
-        weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
-        # Unwritten pages may hold NaN; their weight is 0, so must be their value.
-        values = jnp.where(
-            (k_position < kv_lens[seq]).reshape(-1, 1, 1), kv[:, :, 1].astype(jnp.float32), 0.0
-        )
-        out = jnp.einsum("hgqk,khd->qhgd", weights, values, precision=highest)
-        return out.reshape(tile, heads, head_dim).astype(q.dtype)
+    def one_tile(index, out):
+        seq, start = tiles.seq[index], tiles.start[index]
+        row, length = cu_q_lens[seq] + start, kv_lens[seq]
+        first = length - (cu_q_lens[seq + 1] - cu_q_lens[seq]) + start  # position of row 0
+        q_position = (first + jnp.arange(tile))[:, None]
+        queries = jax.lax.dynamic_slice_in_dim(q, row, tile)
+        queries = queries.reshape(tile, kv_heads, heads // kv_heads, head_dim)
 
-    out = jax.lax.map(attend, (tiles.seq, tiles.start))  # [tiles, tile, heads, head_dim]
-    seq = token_sequences(cu_q_lens, tokens)
-    local = jnp.arange(tokens) - cu_q_lens[seq]
-    at = jnp.clip(tiles.first_tile[seq] + local // tile, 0, out.shape[0] - 1)
+        def one_page(page, carry):
+            best, total, mixed = carry
+            at = (page_indices[seq, page], 0, 0, 0)
+            kv = jax.lax.dynamic_slice(kv_pages, at, (1, page_size, kv_heads_2, head_dim))
+            kv = kv.reshape(page_size, kv_heads, 2, head_dim).astype(jnp.float32)
+            scores = sm_scale * jnp.einsum(
+                "qhgd,khd->hgqk", queries.astype(jnp.float32), kv[:, :, 0], precision=highest
+            )
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            k_position = page * page_size + jnp.arange(page_size)[None]
+            seen = (k_position <= q_position) & (k_position < length)
+            if sliding_window is not None:
+                seen &= k_position > q_position - sliding_window
+            scores = jnp.where(seen[None, None], scores, MASKED)
+            higher = jnp.maximum(best, jnp.max(scores, axis=-1, keepdims=True))
+            weights = jnp.where(seen[None, None], jnp.exp(scores - higher), 0.0)
+            # Positions that nobody has written may hold NaN; their weight is 0, so is their value.
+            values = jnp.where((k_position < length).reshape(-1, 1, 1), kv[:, :, 1], 0.0)
+            fade = jnp.exp(best - higher)
+            total = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
+            mixed = mixed * fade + jnp.einsum("hgqk,khd->hgqd", weights, values, precision=highest)
+            return higher, total, mixed
+
+        shape = (kv_heads, heads // kv_heads, tile)
+        empty = (
+            jnp.full((*shape, 1), MASKED, jnp.float32),
+            jnp.zeros((*shape, 1), jnp.float32),
+            jnp.zeros((*shape, head_dim), jnp.float32),
+        )
+        oldest = 0 if sliding_window is None else jnp.maximum(first - sliding_window + 1, 0)
+        pages = (oldest // page_size, (length + page_size - 1) // page_size)
+        _, total, mixed = jax.lax.fori_loop(*pages, one_page, empty)
+        answer = mixed / jnp.maximum(total, 1e-30)  # [kv_heads, group, tile, head_dim]
+        answer = answer.transpose(2, 0, 1, 3).reshape(tile, heads, head_dim).astype(q.dtype)
+        # Rows past the sequence's last are those of the next tile, which comes later.
+        return jax.lax.dynamic_update_slice_in_dim(out, answer, row, axis=0)
+
+    out = jax.lax.fori_loop(0, tiles.num_tiles, one_tile, jnp.zeros_like(q))
     real = jnp.arange(tokens) < cu_q_lens[num_seqs[0]]
-    return jnp.where(real[:, None, None], out[at, local % tile], 0)
+    return jnp.where(real[:, None, None], out[:tokens], 0)
 
 
 def write_kv_xla(

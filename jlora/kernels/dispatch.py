@@ -107,6 +107,17 @@ def lora_expand(
             return lora.lora_expand_xla(y, h, b, layer, routing, slots, part_widths)
 
 
+def storage_dtype(dtype: Any, *, implementation: Implementation | None = None) -> jnp.dtype:
+    """How KV pages and adapter pools of a dtype are kept.
+
+    Plain XLA keeps bfloat16 as float32, which holds the same numbers: a CPU reads a slice of a
+    bfloat16 array by converting all of it (0.2 s a step for 0.3 GB of KV).
+    """
+    if _resolve(implementation) == "xla" and jnp.dtype(dtype) == jnp.bfloat16:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(dtype)
+
+
 def kv_page_shape(
     page_size: int,
     kv_heads: int,

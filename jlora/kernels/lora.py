@@ -180,9 +180,9 @@ def lora_expand_xla(
             for part, (start, width) in enumerate(zip(starts, part_widths, strict=False))
         ]
         rows = jax.lax.dynamic_slice_in_dim(out, first, tile)
-        return jax.lax.dynamic_update_slice_in_dim(
-            out, rows + jnp.concatenate(deltas, axis=1), first, axis=0
-        )
+        # Masked again: 0 times what an adapter holds need not be 0.
+        delta = jnp.where(mine[:, None], jnp.concatenate(deltas, axis=1), 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, rows + delta, first, axis=0)
 
     out = _walk(routing, slots, visit, _pad_tokens(y.astype(jnp.float32), tile))
     return out[:tokens].astype(y.dtype)

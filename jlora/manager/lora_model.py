@@ -222,18 +222,36 @@ def _layer(
                 f"{name}: {module}.{matrix}.weight is {tensor.dtype}, expected a floating point "
                 "dtype (float32, float16 or bfloat16)"
             )
-        if not _finite(tensor):
+        scale = abs(helper.scaling(module)) if matrix == "lora_B" else 1.0
+        largest, limit = _largest(tensor), _limit(lora_config.lora_dtype)
+        if not max(largest, largest * scale) <= limit:  # so NaN does not pass
             raise AdapterError(
-                f"{name}: {module}.{matrix}.weight holds NaN or infinity, or a number too large "
-                "for float32"
+                f"{name}: {module}.{matrix}.weight holds {largest:g}, which times the scale "
+                f"{scale:g} is not a finite {_dtype_name(lora_config)} number (NaN or infinity, or "
+                f"above {limit:g})"
             )
     return LoRALayerWeights(
         module, rank, helper.alpha(module), pair["lora_A"], pair["lora_B"], helper.scaling(module)
     )
 
 
-def _finite(tensor: np.ndarray) -> bool:
-    """Whether every number is finite, also as float32: float64 is served so."""
+def _dtype_name(config: LoRAConfig) -> str:
+    return "float32" if config.lora_dtype == "auto" else config.lora_dtype
+
+
+def _limit(dtype: str) -> float:
+    """The largest number of the adapter pool."""
+    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype, np.float32)
+    return float(ml_dtypes.finfo(kind).max)
+
+
+def _largest(tensor: np.ndarray) -> float:
+    """The largest magnitude; NaN or infinity when there is one."""
+    if tensor.size == 0:
+        return 0.0
     if tensor.dtype == np.float64:
-        return bool((np.abs(tensor) <= np.finfo(np.float32).max).all())
-    return bool(np.isfinite(tensor).all())
+        return float(np.abs(tensor).max())
+    # The bits without the sign are ordered as the magnitudes are, and integers compare fast.
+    unsigned = np.dtype(f"u{tensor.dtype.itemsize}")
+    bits = (tensor.view(unsigned) & np.iinfo(unsigned).max // 2).max()
+    return float(bits.reshape(1).view(tensor.dtype)[0])

@@ -258,8 +258,11 @@ def _names(value: Any, key: str, adapter: str) -> str | tuple[str, ...] | None:
 def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
     """The local folder of an adapter; a Hub repository is downloaded, or found in its cache."""
     folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # not readable, or a name too long
+        raise AdapterError(f"{adapter}: {path[:200]} cannot be read: {error.strerror}") from error
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise AdapterError(
             f"{adapter}: {path} is not a folder; lora_path must be a folder with {CONFIG_NAME} "
@@ -322,7 +325,9 @@ def file_identity(folder: Path) -> str:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         try:
             stat = (folder / name).stat()
-            digest.update(f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}".encode())
+            digest.update(
+                f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}".encode()
+            )
         except OSError:
             digest.update(f"{name}:absent".encode())
     return digest.hexdigest()

@@ -98,7 +98,9 @@ def _windows(hf: Any) -> tuple[int | None, ...]:
     window = getattr(hf, "sliding_window", None)
     layers = hf.num_hidden_layers
     kinds = getattr(hf, "layer_types", None)
-    if kinds:
+    if hf.model_type == "llama":  # which looks at neither
+        return (None,) * layers
+    if kinds and hf.model_type != "mistral":
         unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if unknown:
             raise ValueError(f"layer type {', '.join(unknown)} is not supported")

@@ -207,7 +207,7 @@ def _tensors(files: list[Path], progress: bool) -> Iterator[tuple[str, np.ndarra
             with safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118
                     yield name, file.get_tensor(name)
-        except (SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy has not
+        except (SafetensorError, TypeError, AttributeError) as error:  # or a dtype numpy has not
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 

@@ -2,8 +2,11 @@
 
 import operator
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jlora import kernels
 from tests.kernels import cases
 
 by_id = operator.attrgetter("id")
@@ -28,3 +31,21 @@ def test_attention(case):
 @pytest.mark.parametrize("case", cases.WRITE_CASES, ids=by_id)
 def test_write_kv(case):
     cases.check_write_kv(case, "xla")
+
+
+def test_what_an_adapter_holds_stays_with_its_tokens():
+    """Infinity in one slot's block leaves the other tokens of the tile alone, to the bit."""
+    rng = np.random.default_rng(0)
+    a, b = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((1, 2, 1, 16, 8), (1, 2, 16, 8))
+    )
+    b[0, 0] = np.inf
+    slots = kernels.SlotTable(jnp.array([[0], [1]]), jnp.array([1, 1]), jnp.ones((2, 1)))
+    routing = kernels.lora_routing(jnp.array([0, 1, -1, 1]), implementation="xla")
+    x, y = (rng.normal(size=(4, 8)).astype(np.float32) for _ in range(2))
+    options = {"implementation": "xla"}
+    h = kernels.lora_shrink(jnp.array(x), jnp.array(a), 0, routing, slots, **options)
+    out = kernels.lora_expand(jnp.array(y), h, jnp.array(b), 0, routing, slots, (8,), **options)
+    assert not np.isfinite(out[0]).any()
+    assert np.isfinite(out[1:]).all()
+    assert (out[2] == y[2]).all()
