@@ -119,7 +119,11 @@ def test_executables_are_the_listed_ones(warm):
 # -- memory ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(
+    scope="module",
+    params=[(1, "float32"), (2, "float32"), (1, "bfloat16"), (1, "float16")],
+    ids=str,
+)
 def roomy(request, tmp_path_factory):
     """Few weights and tokens, much pool and KV: a copy of a layer of either would show."""
     folder = tmp_path_factory.mktemp("memory")
@@ -132,7 +136,8 @@ def roomy(request, tmp_path_factory):
         max_cpu_loras=64,
         max_lora_rank=64,
         load_format="dummy",
-        tensor_parallel_size=request.param,
+        tensor_parallel_size=request.param[0],
+        dtype=request.param[1],
     )
 
 
