@@ -216,11 +216,18 @@ def test_other_flags_than_a_familys_usual_ones(family, changes, tmp_path):
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(changes, message):
-    hf = transformers.LlamaConfig()
+    hf = transformers.Qwen2Config()
     for name, value in changes.items():
         setattr(hf, name, value)
     with pytest.raises(ValueError, match=message):
         model_config(hf)
+
+
+def test_llama_looks_at_no_window():
+    """As in transformers, whose Llama passes over both keys."""
+    hf = transformers.LlamaConfig(num_hidden_layers=2)
+    hf.sliding_window, hf.layer_types = 4, ["sliding_attention", "full_attention"]
+    assert model_config(hf).sliding_windows == (None, None)
 
 
 def test_unknown_family_is_refused_by_name():
