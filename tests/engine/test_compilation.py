@@ -121,7 +121,7 @@ def test_executables_are_the_listed_ones(warm):
 
 @pytest.fixture(
     scope="module",
-    params=[(1, "float32"), (2, "float32"), (1, "bfloat16"), (1, "float16")],
+    params=[(1, "float32"), (2, "float32"), (1, "bfloat16")],
     ids=str,
 )
 def roomy(request, tmp_path_factory):
