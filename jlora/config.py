@@ -36,6 +36,20 @@ def require_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
+_RESERVED_SWITCHES = (
+    "enable_lora_dora",
+    "enable_lora_bias",
+    "enable_lora_embeddings",
+    "allow_nonfinite_loras",
+)
+_RESERVED_COUNTS = (
+    "max_lora_token_rows",
+    "max_lora_full_weights",
+    "lora_extra_vocab_size",
+    "lora_expert_blocks",
+)
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Limits of adapter serving.
@@ -45,7 +59,18 @@ class LoRAConfig:
     pool on the device, "auto" for the model's. target_modules: when given, the only modules
     (last name part, e.g. "q_proj") that an adapter may touch; others are refused.
     lora_pool_blocks: rank blocks (of 16) a projection on the device; by default enough for
-    max_loras adapters of max_lora_rank, fewer make room for something else.
+    max_loras adapters of max_lora_rank, fewer make room for something else. max_lora_blocks: rank
+    blocks a slot may list in each projection, so of one request (a mixture of adapters lists those
+    of all); by default those of one adapter of max_lora_rank.
+
+    What only some adapters need is reserved by name, and costs nothing when it is not:
+    enable_lora_dora: DoRA's magnitudes. enable_lora_bias: lora_bias, and biases of their own.
+    enable_lora_embeddings: low-rank adapters of embed_tokens and lm_head. max_lora_token_rows:
+    tokens a slot whose row of embed_tokens or lm_head an adapter may replace or add.
+    max_lora_full_weights: adapters on the device that replace the whole of embed_tokens or
+    lm_head. lora_extra_vocab_size: tokens that an adapter may add to the vocabulary.
+    lora_expert_blocks: rank blocks of the experts of a mixture-of-experts model, for all layers.
+    allow_nonfinite_loras: serves adapters that hold NaN or infinity.
     """
 
     max_lora_rank: int = 16
@@ -54,6 +79,15 @@ class LoRAConfig:
     lora_dtype: str = "auto"
     target_modules: tuple[str, ...] | None = None
     lora_pool_blocks: int | None = None
+    max_lora_blocks: int | None = None
+    enable_lora_dora: bool = False
+    enable_lora_bias: bool = False
+    enable_lora_embeddings: bool = False
+    max_lora_token_rows: int = 0
+    max_lora_full_weights: int = 0
+    lora_extra_vocab_size: int = 0
+    lora_expert_blocks: int = 0
+    allow_nonfinite_loras: bool = False
 
     def __post_init__(self) -> None:
         require_int("max_lora_rank", self.max_lora_rank, 1)
@@ -75,8 +109,14 @@ class LoRAConfig:
             if not listed or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(f"target_modules must be a list of module names, not {names!r}")
             object.__setattr__(self, "target_modules", tuple(names))
+        if self.max_lora_blocks is not None:
+            require_int("max_lora_blocks", self.max_lora_blocks, self.rank_blocks)
         if self.lora_pool_blocks is not None:
-            require_int("lora_pool_blocks", self.lora_pool_blocks, self.max_blocks)
+            require_int("lora_pool_blocks", self.lora_pool_blocks, self.rank_blocks)
+        for name in _RESERVED_SWITCHES:
+            require_bool(name, getattr(self, name))
+        for name in _RESERVED_COUNTS:
+            require_int(name, getattr(self, name), 0)
 
     @property
     def host_capacity(self) -> int:
@@ -84,14 +124,19 @@ class LoRAConfig:
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
 
     @property
-    def max_blocks(self) -> int:
+    def rank_blocks(self) -> int:
         """Rank blocks of one adapter of the largest rank."""
         return -(-self.max_lora_rank // LORA_BLOCK_RANK)
 
     @property
+    def max_blocks(self) -> int:
+        """Rank blocks that one slot may list."""
+        return self.max_lora_blocks or self.rank_blocks
+
+    @property
     def pool_blocks(self) -> int:
         """Rank blocks on the device, for each projection."""
-        return self.lora_pool_blocks or self.max_blocks * self.max_loras
+        return self.lora_pool_blocks or self.rank_blocks * self.max_loras
 
 
 @dataclass(frozen=True)
@@ -180,6 +225,15 @@ class EngineArgs:
     lora_dtype: Any = "auto"
     lora_target_modules: tuple[str, ...] | list[str] | None = None
     lora_pool_blocks: int | None = None
+    max_lora_blocks: int | None = None
+    enable_lora_dora: bool = False
+    enable_lora_bias: bool = False
+    enable_lora_embeddings: bool = False
+    max_lora_token_rows: int = 0
+    max_lora_full_weights: int = 0
+    lora_extra_vocab_size: int = 0
+    lora_expert_blocks: int = 0
+    allow_nonfinite_loras: bool = False
     fully_sharded_loras: bool = False
     quantization: str | None = None
     kernel_implementation: str | None = None
@@ -229,6 +283,8 @@ class EngineArgs:
             lora_dtype=self.lora_dtype,
             target_modules=self.lora_target_modules,  # type: ignore[arg-type]  # checked there
             lora_pool_blocks=self.lora_pool_blocks,
+            max_lora_blocks=self.max_lora_blocks,
+            **{name: getattr(self, name) for name in (*_RESERVED_SWITCHES, *_RESERVED_COUNTS)},
         )
 
     @classmethod

@@ -16,13 +16,25 @@ from jlora.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Part:
-    """One Hugging Face module of a projection: its output is `units` indivisible pieces."""
+class Piece:
+    """Output columns that are divided among devices together, as `units` indivisible units."""
 
-    name: str
     width: int
     units: int
-    bias: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face module of a projection. A fused one (qkv_proj of Phi) has several pieces."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    bias: bool = False
+
+    @property
+    def width(self) -> int:
+        """Output columns of the module."""
+        return sum(piece.width for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -30,28 +42,41 @@ class Projection:
     """A row of the table: parts share their input and lie beside each other in the output.
 
     shard: "out" divides the output among devices (column-parallel), "in" the input
-    (row-parallel; the outputs of the devices are summed).
+    (row-parallel; the outputs of the devices are summed), "none" nothing. experts: how many
+    matrices of this kind a layer has; 0 for a projection that is not one of experts.
+    per_layer: False for the two of the vocabulary, embed_tokens (whose input is a token id, of
+    d_in possible ones) and lm_head.
     """
 
     name: str
     module: str
     parts: tuple[Part, ...]
     d_in: int
-    shard: Literal["out", "in"]
+    shard: Literal["out", "in", "none"]
+    experts: int = 0
+    per_layer: bool = True
 
     @property
     def bias(self) -> bool:
         """Whether any part has a bias; parts without one get zeros."""
         return any(part.bias for part in self.parts)
 
-    def local_units(self, part: Part, shards: int) -> int:
-        """Pieces of a part on one device; at least one, so few KV heads are on several."""
-        return max(part.units // shards, 1) if self.shard == "out" else part.units
+    def local_width(self, piece: Piece, shards: int) -> int:
+        """Columns of a piece on one device; at least one unit, so few KV heads are on several."""
+        if self.shard != "out":
+            return piece.width
+        return max(-(-piece.units // shards), 1) * (piece.width // piece.units)
+
+    def local_pieces(self, shards: int) -> tuple[int, ...]:
+        """Output columns of each piece of all parts on one device."""
+        return tuple(
+            self.local_width(piece, shards) for part in self.parts for piece in part.pieces
+        )
 
     def local_widths(self, shards: int) -> tuple[int, ...]:
         """Output columns of each part on one device."""
         return tuple(
-            self.local_units(part, shards) * (part.width // part.units) for part in self.parts
+            sum(self.local_width(piece, shards) for piece in part.pieces) for part in self.parts
         )
 
     def stored_width(self, shards: int) -> int:
@@ -60,18 +85,28 @@ class Projection:
         return local * shards if self.shard == "out" else local
 
     def columns(self, shards: int) -> np.ndarray:
-        """int64 [stored_width]: the Hugging Face output column (parts concatenated) of each."""
-        if self.shard == "in":
+        """int64 [stored_width]: the Hugging Face output column (parts concatenated) of each.
+
+        What is stored beyond the last unit (a vocabulary that the devices do not divide) repeats
+        the last column.
+        """
+        if self.shard != "out":
             return np.arange(sum(part.width for part in self.parts))
+        pieces = [piece for part in self.parts for piece in part.pieces]
         columns = []
         for shard in range(shards):
             start = 0
-            for part, width in zip(self.parts, self.local_widths(shards), strict=True):
-                unit = part.width // part.units
-                first = shard * part.units // shards * unit
-                columns.append(start + first + np.arange(width))
-                start += part.width
+            for piece in pieces:
+                unit, width = piece.width // piece.units, self.local_width(piece, shards)
+                copied = piece.units < shards
+                first = shard * piece.units // shards * unit if copied else shard * width
+                columns.append(start + np.minimum(first + np.arange(width), piece.width - 1))
+                start += piece.width
         return np.concatenate(columns)
+
+
+def _part(name: str, width: int, units: int, bias: bool = False) -> Part:
+    return Part(name, (Piece(width, units),), bias)
 
 
 def projection_table(config: ModelConfig) -> tuple[Projection, ...]:
@@ -83,21 +118,33 @@ def projection_table(config: ModelConfig) -> tuple[Projection, ...]:
         Projection(
             "qkv",
             "self_attn",
-            tuple(Part(name, n * dim, n, config.qkv_bias) for name, n in attention),
+            tuple(_part(name, n * dim, n, config.qkv_bias) for name, n in attention),
             hidden,
             "out",
         ),
         Projection(
-            "o", "self_attn", (Part("o_proj", hidden, 1, config.o_bias),), heads * dim, "in"
+            "o", "self_attn", (_part("o_proj", hidden, 1, config.o_bias),), heads * dim, "in"
         ),
         Projection(
             "gate_up",
             "mlp",
-            tuple(Part(name, inner, inner, config.mlp_bias) for name in ("gate_proj", "up_proj")),
+            tuple(_part(name, inner, inner, config.mlp_bias) for name in ("gate_proj", "up_proj")),
             hidden,
             "out",
         ),
-        Projection("down", "mlp", (Part("down_proj", hidden, 1, config.mlp_bias),), inner, "in"),
+        Projection("down", "mlp", (_part("down_proj", hidden, 1, config.mlp_bias),), inner, "in"),
+    )
+
+
+EMBED, HEAD = "embed_tokens", "lm_head"
+
+
+def vocab_projections(config: ModelConfig) -> tuple[Projection, Projection]:
+    """The two of the vocabulary: embed_tokens, lm_head. (Base weights lie apart from the table.)"""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    return (
+        Projection(EMBED, "model", (_part(EMBED, hidden, 1),), vocab, "none", per_layer=False),
+        Projection(HEAD, "", (_part(HEAD, vocab, vocab),), hidden, "out", per_layer=False),
     )
 
 
@@ -119,35 +166,57 @@ def check_shards(config: ModelConfig, shards: int) -> None:
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Where a Hugging Face module lies: a projection's part in a layer."""
+    """Where a Hugging Face module lies: a projection's part in a layer, and of which expert."""
 
     projection: Projection
     part: int
-    layer: int
+    layer: int = 0
+    expert: int = 0
+
+    @property
+    def d_in(self) -> int:
+        """Input width of the module."""
+        return self.projection.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Output width of the module."""
+        return self.projection.parts[self.part].width
 
 
 class ModuleMap:
-    """Hugging Face module names <-> places in the projection table."""
+    """Hugging Face module names <-> places in the projection table.
+
+    "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.3.down_proj",
+    "model.embed_tokens", "lm_head".
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.num_layers = config.num_layers
+        self.config, self.num_layers = config, config.num_layers
         self.projections = projection_table(config)
+        self.vocab_projections = vocab_projections(config)
         # Exact names only: "layers.01" is not another spelling of a layer.
         self._places = {
-            self.name(projection, part, layer): ModulePlace(projection, part, layer)
+            self.name(row, part, layer, expert): ModulePlace(row, part, layer, expert)
             for layer in range(self.num_layers)
-            for projection in self.projections
-            for part in range(len(projection.parts))
+            for row in self.projections
+            for expert in range(row.experts or 1)
+            for part in range(len(row.parts))
         }
+        self._places |= {self.name(row, 0): ModulePlace(row, 0) for row in self.vocab_projections}
 
-    def name(self, projection: Projection, part: int, layer: int) -> str:
+    def name(self, projection: Projection, part: int, layer: int = 0, expert: int = 0) -> str:
         """The module's name in a checkpoint, without ".weight"."""
-        return f"model.layers.{layer}.{projection.module}.{projection.parts[part].name}"
+        last = projection.parts[part].name
+        if not projection.per_layer:
+            return f"{projection.module}.{last}".removeprefix(".")
+        number = f"{expert}." if projection.experts else ""
+        return f"model.layers.{layer}.{projection.module}.{number}{last}"
 
     def place(self, name: str) -> ModulePlace | None:
         """Where the module lies, or None when the model has no such projection."""
         return self._places.get(name)
 
     def names(self) -> list[str]:
-        """Every projection module of the model, layer by layer."""
-        return list(self._places)
+        """Every projection module of the layers, layer by layer."""
+        return [name for name, place in self._places.items() if place.projection.per_layer]

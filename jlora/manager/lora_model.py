@@ -22,7 +22,10 @@ _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 class LoRALayerWeights:
     """The adapter of one module: delta W = scaling * lora_b @ lora_a.
 
-    lora_a: [rank, input_dim]. lora_b: [output_dim, rank]. Both as PEFT saves them.
+    lora_a: [rank, input_dim]. lora_b: [output_dim, rank]. Both as PEFT saves them (of an embedding
+    lora_embedding_A and _B; input_dim is the vocabulary). bias: of lora_B, [output_dim], scaled as
+    lora_b is. magnitude: DoRA's, [output_dim]; the whole is then magnitude * (W + delta W) /
+    norm(W + delta W), the norm over the input (Liu et al. 2024, eq. 5).
     """
 
     module_name: str
@@ -31,6 +34,8 @@ class LoRALayerWeights:
     lora_a: np.ndarray
     lora_b: np.ndarray
     scaling: float
+    bias: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
     def optimize(self) -> LoRALayerWeights:
         """Folds the scale into lora_b, in float32; afterwards scaling is 1."""
@@ -81,16 +86,46 @@ class PackedLoRALayerWeights:
         return True
 
 
+@dataclass(frozen=True)
+class VocabRows:
+    """Rows of embed_tokens or lm_head that an adapter has instead of the base's, or added ones."""
+
+    ids: np.ndarray  # int32 [rows], ascending
+    rows: np.ndarray  # [rows, hidden]
+
+
 class LoRAModel:
     """One adapter: the weights of each module that it changes."""
 
     def __init__(
-        self, lora_model_id: int, rank: int, loras: dict[str, LoRALayerWeights], identity: str = ""
+        self,
+        lora_model_id: int,
+        rank: int,
+        loras: dict[str, LoRALayerWeights],
+        identity: str = "",
+        *,
+        biases: dict[str, np.ndarray] | None = None,
+        vocab_rows: dict[str, VocabRows] | None = None,
+        added_tokens: int = 0,
+        invocation_tokens: tuple[int, ...] = (),
+        tensor_counts: dict[str, int] | None = None,
     ) -> None:
-        """rank: the largest of the layers. identity: what makes this version this one."""
+        """rank: the largest of the layers. identity: what makes this version this one.
+
+        biases: module -> what its bias is instead of the base's, [d_out]. vocab_rows: by
+        "embed_tokens", "lm_head". added_tokens: ids from the base's vocabulary size on that the
+        adapter knows too. invocation_tokens: the adapter acts from their last occurrence in the
+        prompt on (an activated LoRA); none: everywhere. tensor_counts: how many tensors of the
+        file went to each row of the projection table.
+        """
         self.id = lora_model_id
         self.rank = rank
         self.loras = loras
+        self.biases = biases or {}
+        self.vocab_rows = vocab_rows or {}
+        self.added_tokens = added_tokens
+        self.invocation_tokens = invocation_tokens
+        self.tensor_counts = tensor_counts or {}
         self.blocks_needed: dict[str, int] | None = None  # see blocks.blocks_needed
         self.identity = identity or f"id:{lora_model_id}"
 
@@ -170,7 +205,8 @@ def _check_target(
     lora_config: LoRAConfig,
     name: str,
 ) -> None:
-    if modules.place(module) is None:
+    place = modules.place(module)
+    if place is None or not place.projection.per_layer:
         known = sorted({part.name for row in modules.projections for part in row.parts})
         raise AdapterError(
             f"{name}: tensor {key} is for module {module}, which the model has not or which "

@@ -193,7 +193,7 @@ class WorkerLoRAManager:
         if lora_config is not None:
             if self.manager.list_adapters():
                 raise RuntimeError("dummy adapters are for a manager that holds none yet")
-            slots = min(lora_config.max_loras, lora_config.pool_blocks // lora_config.max_blocks)
+            slots = min(lora_config.max_loras, lora_config.pool_blocks // lora_config.rank_blocks)
         ids = list(range(1, slots + 1))
         try:
             for adapter_id in ids:

@@ -95,6 +95,7 @@ class LoRALinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, dtype)) if row.bias else None
         self.name, self.sums = row.name, row.shard == "in"
         self.part_widths = row.local_widths(shards)
+        self.piece_widths = row.local_pieces(shards)
 
     def __call__(
         self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext

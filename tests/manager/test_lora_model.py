@@ -172,7 +172,6 @@ def test_every_module_has_one_place():
         "model.layers.0.self_attn",
         "layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.q_proj.base_layer",
-        "lm_head",
         "",
     ],
 )
