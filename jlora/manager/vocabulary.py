@@ -115,14 +115,14 @@ class VocabularyReader:
 
     def _check_meaning(self, module: str, kind: str, tensor: Tensor) -> None:
         """PEFT saves and loads each kind of matrix only beside what it belongs to."""
-        saved = module in self.helper.saved_modules
+        saved = module in self.helper.saved_modules or self._tied_copy(module)
         rows = module in self.ids or self._follows(module)
         fits = {
             "base_layer": self._adapted(module),
             "token_adapter.base_layer": rows,
             "original_module": saved,
             "modules_to_save": saved,
-            "weight": saved or self._tied_copy(module) or not (self._adapted(module) or rows),
+            "weight": saved or not (self._adapted(module) or rows),
         }[kind]
         if not fits:
             self.source.fail(
