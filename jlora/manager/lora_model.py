@@ -206,8 +206,9 @@ def _check_target(
     name: str,
 ) -> None:
     place = modules.place(module)
-    if place is None or not place.projection.per_layer:
-        known = sorted({part.name for row in modules.projections for part in row.parts})
+    if place is None or not place.projection.per_layer or place.projection.experts:
+        rows = [row for row in modules.projections if not row.experts]
+        known = sorted({part.name for row in rows for part in row.parts})
         raise AdapterError(
             f"{name}: tensor {key} is for module {module}, which the model has not or which "
             f"cannot take an adapter; {', '.join(known)} of layers 0 to "
