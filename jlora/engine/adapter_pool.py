@@ -24,11 +24,10 @@ def _specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
     """How A and B of a row are divided.
 
     Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
-    copy B.
+    copy B; those that nobody divides copy both.
     """
-    out = row.shard == "out"
-    a = PartitionSpec() if out else PartitionSpec(None, None, None, None, AXIS)
-    b = PartitionSpec(None, None, None, AXIS) if out else PartitionSpec()
+    a = PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else PartitionSpec()
+    b = PartitionSpec(None, None, None, AXIS) if row.shard == "out" else PartitionSpec()
     return a, b
 
 
@@ -44,8 +43,9 @@ def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards:
     total = 0
     for row in modules.projections:
         a, b = _row_shapes(row, modules.num_layers, config.pool_blocks, shards)
-        divided, copied = (b, a) if row.shard == "out" else (a, b)
-        total += (int(np.prod(divided)) // shards + int(np.prod(copied))) * dtype.itemsize
+        for shape, shard in ((a, "in"), (b, "out")):
+            copies = shards if row.shard == shard else 1
+            total += int(np.prod(shape)) // copies * dtype.itemsize
     return total
 
 
@@ -117,9 +117,8 @@ class AdapterPool:
 
     def _incoming(self, row: Projection) -> tuple[NamedSharding, ...]:
         """Shardings of BlockWrite.arrays."""
-        out = row.shard == "out"
-        a = PartitionSpec() if out else PartitionSpec(None, None, None, AXIS)
-        b = PartitionSpec(None, AXIS, None) if out else PartitionSpec()
+        a = PartitionSpec(None, None, None, AXIS) if row.shard == "in" else PartitionSpec()
+        b = PartitionSpec(None, AXIS, None) if row.shard == "out" else PartitionSpec()
         return tuple(NamedSharding(self._mesh, spec) for spec in (a, b, PartitionSpec()))
 
     def _writer(self, row: Projection, dtype: np.dtype) -> jax.stages.Compiled:

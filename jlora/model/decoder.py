@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.model.layers import AXIS, DecoderLayer, RMSNorm, StepContext
+from jlora.model.decoder_layer import DecoderLayer
+from jlora.model.layers import AXIS, RMSNorm, StepContext, scaled
 from jlora.projections import projection_table
 
 
@@ -56,12 +57,13 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         rows = {row.name: row for row in projection_table(config)}
         vocab = stored_vocab(config.vocab_size, shards)
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.embedding_scale = config.vocab_size, config.embedding_scale
+        self.logits_divisor, self.logits_soft_cap = config.logits_divisor, config.logits_soft_cap
         self.embed = Embedding(vocab, config.hidden_size, dtype)
         self.layers = nnx.List(
             [DecoderLayer(config, rows, layer, shards) for layer in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else LMHead(vocab, config.hidden_size, dtype)
 
@@ -72,7 +74,7 @@ class Decoder(nnx.Module):
         step: StepContext,
     ) -> tuple[Float[Array, "tokens hidden"], Array]:
         """-> the hidden states after the last norm, and kv with the tokens' keys and values."""
-        hidden = self.embed(tokens)
+        hidden = scaled(self.embed(tokens), self.embedding_scale)
         for layer, module in enumerate(self.layers):
             graph, params = nnx.split(module)
             hidden, kv = _run_layer(graph, params, hidden, kv, jnp.int32(layer), step)
@@ -89,5 +91,9 @@ class Decoder(nnx.Module):
             precision=kernels.dot_precision(weight.dtype),
             preferred_element_type=jnp.float32,
         )
+        if self.logits_divisor != 1:
+            local = local / self.logits_divisor
+        if self.logits_soft_cap is not None:
+            local = jnp.tanh(local / self.logits_soft_cap) * self.logits_soft_cap
         whole = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
         return whole[:, : self.vocab_size]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jlora.config import ModelConfig
 from jlora.model.decoder import Decoder, stored_vocab
 from jlora.model.layers import AXIS
-from jlora.projections import ModuleMap, Projection
+from jlora.projections import ModuleMap, Part, Piece, Projection, layer_norms
 
 Path_ = tuple[Any, ...]
 T = TypeVar("T")
@@ -31,13 +31,23 @@ WHOLE = PartitionSpec()  # every device has all of it
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+# What Mixtral's checkpoints call the modules that the other families name alike.
+_MIXTRAL = {
+    "block_sparse_moe": "mlp",
+    "w1.weight": "gate_proj.weight",
+    "w2.weight": "down_proj.weight",
+    "w3.weight": "up_proj.weight",
+}
+
+
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor that fills rows `start : start + shape[0]` of a weight."""
+    """A checkpoint tensor that fills rows `start : start + shape[0]` of a weight or an expert."""
 
     name: str
     start: int
     shape: tuple[int, ...]
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Weight:
 
     In Hugging Face's layout it is [rows, ...]; `rows_order` (None: as they come) lists the row
     of each stored one, `transposed` weights are stored [d_in, rows]; spec shards the stored one.
+    Those of experts have one more axis in front.
     """
 
     path: Path_
@@ -84,39 +95,54 @@ def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
         table.append(whole(("lm_head", "weight"), HEAD, vocab, hidden, spec=vocab_spec))
     for layer in range(config.num_layers):
         at, prefix = ("layers", layer), f"model.layers.{layer}"
-        table.append(
-            whole((*at, "input_norm", "weight"), f"{prefix}.input_layernorm.weight", hidden)
-        )
-        table.append(
-            whole((*at, "post_norm", "weight"), f"{prefix}.post_attention_layernorm.weight", hidden)
-        )
-        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            table.append(
-                whole((*at, norm, "weight"), f"{prefix}.self_attn.{norm}.weight", config.head_dim)
-            )
+        for place, name in layer_norms(config).items():
+            table.append(whole((*at, f"{place}_norm", "weight"), f"{prefix}.{name}.weight", hidden))
+        table += _qk_norm_weights(config, layer, shards)
         for row in modules.projections:
             table += _projection_weights(modules, row, layer, shards)
+    return table
+
+
+def _qk_norm_weights(config: ModelConfig, layer: int, shards: int) -> list[Weight]:
+    table: list[Weight] = []
+    if not config.qk_norm:
+        return table
+    for norm, heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+        path = ("layers", layer, "attention", norm, "weight")
+        name = f"model.layers.{layer}.self_attn.{norm}.weight"
+        if config.qk_norm_whole:  # divided and copied as the columns that it norms
+            width = heads * config.head_dim
+            columns = Projection("", "", (Part("", (Piece(width, heads),)),), 0, "out")
+            order = columns.columns(shards) if shards > 1 else None
+            spec = PartitionSpec(AXIS)
+            table.append(Weight(path, (Source(name, 0, (width,)),), (width,), spec, order))
+        else:
+            shape = (config.head_dim,)
+            table.append(Weight(path, (Source(name, 0, shape),), shape, WHOLE))
     return table
 
 
 def _projection_weights(
     modules: ModuleMap, row: Projection, layer: int, shards: int
 ) -> list[Weight]:
-    weights, biases, start = [], [], 0
-    for index, part in enumerate(row.parts):
-        name = modules.name(row, index, layer)
-        weights.append(Source(f"{name}.weight", start, (part.width, row.d_in)))
-        if part.bias:
-            biases.append(Source(f"{name}.bias", start, (part.width,)))
-        start += part.width
+    weights, biases, rows = [], [], sum(part.width for part in row.parts)
+    for expert in range(row.experts or 1):
+        start, of = 0, expert if row.experts else None
+        for index, part in enumerate(row.parts):
+            name, shape = modules.name(row, index, layer, expert), (part.width, row.d_in)
+            weights.append(Source(f"{name}.weight", start, shape, of))
+            if part.bias:
+                biases.append(Source(f"{name}.bias", start, (part.width,)))
+            start += part.width
     order = row.columns(shards) if shards > 1 and row.shard == "out" else None
-    out = row.shard == "out"
-    spec = PartitionSpec(None, AXIS) if out else PartitionSpec(AXIS, None)
-    at = ("layers", layer, row.name)
-    table = [Weight((*at, "weight"), tuple(weights), (start, row.d_in), spec, order, True)]
+    d_in, out = (AXIS if row.shard == shard else None for shard in ("in", "out"))
+    front, spec_front = ((row.experts,), (None,)) if row.experts else ((), ())
+    shape, spec = (*front, rows, row.d_in), PartitionSpec(*spec_front, d_in, out)
+    at = ("layers", layer, "attention" if row.module == "self_attn" else "mlp", row.name)
+    table = [Weight((*at, "weight"), tuple(weights), shape, spec, order, True)]
     if row.bias:
-        spec = PartitionSpec(AXIS) if out else PartitionSpec()
-        table.append(Weight((*at, "bias"), tuple(biases), (start,), spec, order))
+        spec = PartitionSpec(out) if out else WHOLE
+        table.append(Weight((*at, "bias"), tuple(biases), (rows,), spec, order))
     return table
 
 
@@ -140,7 +166,7 @@ def load_model(
     if {weight.path for weight in table} != set(shapes):
         raise RuntimeError("the weight table and the model disagree")  # a defect of jlora
     if dummy_seed is not None:
-        arrays = _random_weights(table, shapes, mesh, dummy_seed, progress)
+        arrays = _random_weights(table, shapes, mesh, dummy_seed, config.norm_offset, progress)
     else:
         arrays = _read_weights(table, config, find_checkpoint(model, revision), mesh, progress)
     specs = {weight.path: weight.spec for weight in table}
@@ -154,13 +180,18 @@ def _as_state(like: Any, values: dict[Path_, Any]) -> Any:
 
 
 def _random_weights(
-    table: list[Weight], shapes: dict[Path_, Any], mesh: Mesh, seed: int, progress: bool
+    table: list[Weight],
+    shapes: dict[Path_, Any],
+    mesh: Mesh,
+    seed: int,
+    norm_offset: float,
+    progress: bool,
 ) -> dict[Path_, jax.Array]:
     """Norms of one, biases of zero, normal matrices that keep the activations' size."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2, 3))
     def draw(key: Any, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-        scale = 0.02 if len(shape) == 2 else 0.0
+        scale = 0.02 if len(shape) > 1 else 0.0
         value = scale * jax.random.normal(key, shape, jnp.float32)
         return jax.lax.with_sharding_constraint(value.astype(dtype), sharding)
 
@@ -169,7 +200,8 @@ def _random_weights(
         shape = shapes[weight.path]
         sharding = NamedSharding(mesh, weight.spec)
         if "norm" in str(weight.path[-2]):
-            arrays[weight.path] = jax.device_put(jnp.ones(shape.shape, shape.dtype), sharding)
+            one = jnp.full(shape.shape, 1 - norm_offset, shape.dtype)
+            arrays[weight.path] = jax.device_put(one, sharding)
         else:
             key = jax.random.fold_in(jax.random.key(seed), index)
             arrays[weight.path] = draw(key, shape.shape, shape.dtype, sharding)
@@ -225,7 +257,8 @@ def _read_weights(
     seen: set[str] = set()
     faults: list[str] = []
     tied: dict[str, np.ndarray] = {}
-    for name, tensor in _tensors(files, progress):
+    for found, tensor in _tensors(files, progress):
+        name = _module_name(found, config)
         if config.tie_word_embeddings and name in (EMBED, HEAD):
             tied[name] = tensor
         fault = _fault(name, tensor, wanted, name in seen, config)
@@ -249,6 +282,13 @@ def _read_weights(
             f"the checkpoint does not fit the configuration ({config.model_type}):\n  {listed}"
         )
     return arrays
+
+
+def _module_name(name: str, config: ModelConfig) -> str:
+    """A checkpoint's tensor by the name that it has in every family."""
+    if config.model_type != "mixtral":
+        return name
+    return re.sub("|".join(_MIXTRAL), lambda match: _MIXTRAL[match[0]], name)
 
 
 def _fault(
@@ -277,21 +317,24 @@ def _fill(
         buffers[weight.path] = np.zeros(weight.shape, tensor.dtype)  # zero: a part without bias
     elif buffers[weight.path].dtype != tensor.dtype:  # float32 holds every part's values
         buffers[weight.path] = buffers[weight.path].astype(np.float32)
-    buffers[weight.path][source.start : source.start + source.shape[0]] = tensor
-    return buffers[weight.path]
+    buffer = buffers[weight.path]
+    matrix = buffer if source.expert is None else buffer[source.expert]
+    matrix[source.start : source.start + source.shape[0]] = tensor
+    return buffer
 
 
 def _to_device(buffer: np.ndarray, weight: Weight, dtype: str, mesh: Mesh) -> jax.Array:
     """Reorders on the host; transposes and casts on the device."""
-    if weight.rows_order is not None:
-        buffer = buffer[weight.rows_order]
+    rows = weight.rows_order
+    if rows is not None:
+        buffer = buffer[:, rows] if buffer.ndim == 3 else buffer[rows]
     spec = weight.spec
-    incoming = PartitionSpec(*reversed(spec)) if weight.transposed else spec
+    incoming = PartitionSpec(*spec[:-2], spec[-1], spec[-2]) if weight.transposed else spec
     on_device = jax.device_put(buffer, NamedSharding(mesh, incoming))
     return _finish(on_device, weight.transposed, jnp.dtype(dtype), NamedSharding(mesh, spec))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _finish(value: jax.Array, transposed: bool, dtype: Any, sharding: Any) -> jax.Array:
-    value = (value.T if transposed else value).astype(dtype)
+    value = (jnp.swapaxes(value, -1, -2) if transposed else value).astype(dtype)
     return jax.lax.with_sharding_constraint(value, sharding)
