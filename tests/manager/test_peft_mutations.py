@@ -129,4 +129,4 @@ def test_the_same_as_pefts_or_refused(name, data, tmp_path):
         return
     assert sum(lora.tensor_counts.values()) == len(changed)
     ours = logits(applied(llama(tied, bias=True), lora))
-    np.testing.assert_allclose(ours, pefts(tmp_path, tied), atol=3e-5)
+    np.testing.assert_allclose(ours, pefts(tmp_path, tied), atol=3e-5, rtol=1e-4)
