@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,9 +129,29 @@ class LoRAModel:
         self.blocks_needed: dict[str, int] | None = None  # see blocks.blocks_needed
         self.identity = identity or f"id:{lora_model_id}"
 
+    @property
+    def key(self) -> str:
+        """Names this adapter in this version."""
+        return f"{self.id}:{self.identity}"
+
+    @property
+    def components(self) -> tuple[tuple[LoRAModel, float], ...]:
+        """Itself, with weight 1: what a mixture has several of."""
+        return ((self, 1.0),)
+
     def get_lora(self, module_name: str) -> LoRALayerWeights | None:
         """The weights for a module ("model.layers.0.self_attn.q_proj"), or None."""
         return self.loras.get(module_name)
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA."""
+        return any(layer.magnitude is not None for layer in self.loras.values())
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether it adds to biases, or has its own."""
+        return bool(self.biases) or any(layer.bias is not None for layer in self.loras.values())
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +166,7 @@ class LoRAModel:
         modules: ModuleMap,
         lora_config: LoRAConfig,
         name: str | None = None,
+        base_weight: Callable[[str], np.ndarray] | None = None,
     ) -> LoRAModel:
         """Reads a folder that PEFT saved. Raises AdapterError for anything that does not fit."""
         folder = Path(lora_dir)
@@ -166,6 +187,7 @@ class LoRAModel:
         lora_config: LoRAConfig,
         name: str | None = None,
         identity: str = "",
+        base_weight: Callable[[str], np.ndarray] | None = None,
     ) -> LoRAModel:
         """Places each tensor ("base_model.model.<module>.lora_A.weight") or raises AdapterError."""
         name = name or f"adapter {lora_model_id}"

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,17 @@ import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError, AdapterInUseError
-from jlora.manager.blocks import blocks_needed
+from jlora.manager.blocks import Needs
+from jlora.manager.features import BaseWeight
 from jlora.manager.lora_model import LoRALayerWeights, LoRAModel
 from jlora.manager.manager import LoRAModelManager
-from jlora.manager.peft import file_identity, resolve_adapter_path
+from jlora.manager.mixture import Adapter, mix
+from jlora.manager.peft import (
+    PEFTHelper,
+    content_identity,
+    file_identity,
+    resolve_adapter_path,
+)
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
 
@@ -26,28 +34,41 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Version:
+class AdapterVersion:
     """What an adapter id stands for, from the last time it was loaded.
 
-    path: as the request spelled it. source: the same, whatever the spelling. needs: see
-    `blocks_needed`.
+    request: that loaded it. source: what it named, whatever the spelling. folder: of its files,
+    if it has any. needs: what it takes on the device. added_tokens, invocation_tokens: see
+    LoRAModel.
     """
 
-    path: str
+    request: LoRARequest
     source: str
-    folder: Path
+    folder: Path | None
     identity: str
-    needs: Mapping[str, int]
+    needs: Needs
+    added_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
 
 
-_Loaded = tuple[LoRAModel, _Version]
+_Loaded = tuple[Adapter, AdapterVersion]
 
 
 class WorkerLoRAManager:
     """Serves the adapters that a step names; those that the step does not name are forgotten."""
 
-    def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
-        """Starts without adapters. Raises ValueError for a target module the model has not."""
+    def __init__(
+        self,
+        modules: ModuleMap,
+        lora_config: LoRAConfig,
+        base_weight: BaseWeight | None = None,
+        model_name: str | None = None,
+    ) -> None:
+        """Starts without adapters. Raises ValueError for a target module the model has not.
+
+        base_weight: reads a tensor of the base's checkpoint, for adapters that bring one along.
+        model_name: of the base; adapters that name another one are warned of.
+        """
         known = {part.name for row in modules.projections for part in row.parts}
         unknown = sorted(set(lora_config.target_modules or ()) - known)
         if unknown:
@@ -57,7 +78,9 @@ class WorkerLoRAManager:
             )
         self.modules, self.lora_config = modules, lora_config
         self.manager = LoRAModelManager(modules, lora_config)
-        self._versions: dict[int, _Version] = {}
+        self._base_weight, self._model_name = base_weight, model_name
+        self._warned: set[str] = set()
+        self._versions: dict[int, AdapterVersion] = {}
 
     # -- vLLM's interface ------------------------------------------------------------------
 
@@ -148,7 +171,7 @@ class WorkerLoRAManager:
             self._require_room(request, self._needs(adapter_id, loaded))
             self._put(request, loaded)
         else:
-            if known is None or known.identity != file_identity(self._folder(request, known)):
+            if known is None or known.identity != self._identity_now(request, known):
                 self._versions[adapter_id] = self._load(request)[1]
             self._require_room(request, self._versions[adapter_id].needs)
         return self.identity(adapter_id)
@@ -174,10 +197,13 @@ class WorkerLoRAManager:
                 return None
         return manager.acquire(adapter_id)
 
+    def version(self, adapter_id: int) -> AdapterVersion:
+        """The version on the host, or else the one that was read last."""
+        return self._versions[adapter_id]
+
     def identity(self, adapter_id: int) -> str:
-        """The identity of the version on the host, or else of the one that was read last."""
-        lora = self.manager.get_adapter(adapter_id)
-        return lora.identity if lora is not None else self._versions[adapter_id].identity
+        """Of that version."""
+        return self._versions[adapter_id].identity
 
     # -- warm-up ---------------------------------------------------------------------------
 
@@ -219,23 +245,23 @@ class WorkerLoRAManager:
 
     # -- loading ---------------------------------------------------------------------------
 
-    def _known(self, request: LoRARequest) -> _Version | None:
-        """What the request's id stands for; raises AdapterError when that is another path."""
+    def _known(self, request: LoRARequest) -> AdapterVersion | None:
+        """What the request's id stands for; raises AdapterError when that is something else."""
         known = self._versions.get(request.lora_int_id)
-        if known is None or request.load_inplace or request.lora_path == known.path:
+        if known is None or request.load_inplace or _same(request, known.request):
             return known
-        if _source(request) != known.source:
+        source = _source(request)
+        if source != known.source:
             raise AdapterError(
                 f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
-                f"{known.source}, not {request.lora_path}; use another id, or remove_lora first"
+                f"{known.source}, not {source}; use another id, or remove_lora first"
             )
         return known
 
-    def _require_room(self, request: LoRARequest, needs: Mapping[str, int] | None = None) -> None:
+    def _require_room(self, request: LoRARequest, needs: Needs | None = None) -> None:
         """Raises when pinned adapters leave no slot, or not the blocks, for the adapter."""
         manager, name = self.manager, f"adapter {request.lora_name!r}"
-        nothing = dict.fromkeys(manager.pools, 0)
-        if not manager.fits({request.lora_int_id: nothing}, beside=manager.pinned):
+        if not manager.fits({request.lora_int_id: {}}, beside=manager.pinned):
             raise AdapterInUseError(
                 f"{name}: all {manager.lora_slots} slots hold pinned adapters; raise max_loras or "
                 "remove one"
@@ -246,15 +272,24 @@ class WorkerLoRAManager:
                 f"(now {self.lora_config.pool_blocks}) or remove one"
             )
 
-    def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Mapping[str, int]:
+    def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Needs:
         version = self._versions[adapter_id] if loaded is None else loaded[1]
         return version.needs
 
-    def _folder(self, request: LoRARequest, known: _Version | None) -> Path:
+    def _folder(self, request: LoRARequest, known: AdapterVersion | None) -> Path:
         """Where the adapter lies; a Hub repository is not asked for what is known to be there."""
-        if known is not None and not request.load_inplace and known.folder.is_dir():
-            return known.folder
+        there = known.folder if known is not None and not request.load_inplace else None
+        if there is not None and there.is_dir():
+            return there
         return resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
+
+    def _identity_now(self, request: LoRARequest, known: AdapterVersion | None) -> str:
+        """The identity that the request's adapter would have if it were loaded now."""
+        if request.lora_tensors is not None:
+            return content_identity(request.lora_tensors, request.peft_config or {})
+        if request.components is not None:
+            return self._load(request)[0].identity
+        return file_identity(self._folder(request, known))
 
     def _read(self, request: LoRARequest) -> _Loaded | None:
         """What is to be put on the host, None when what is there will do. Changes nothing."""
@@ -264,7 +299,7 @@ class WorkerLoRAManager:
             return self._load(request)
         if not request.load_inplace:
             return None
-        if file_identity(self._folder(request, None)) == current.identity:
+        if self._identity_now(request, None) == current.identity:
             return None
         if self.manager.in_use(current.id):
             raise AdapterInUseError(
@@ -289,23 +324,102 @@ class WorkerLoRAManager:
     def _load(self, request: LoRARequest) -> _Loaded:
         name, start = f"adapter {request.lora_name!r}", time.perf_counter()
         try:
-            folder = self._folder(request, self._known(request))
-            lora = LoRAModel.from_local_checkpoint(
-                folder, request.lora_int_id, self.modules, self.lora_config, name
-            )
+            adapter, folder = self._adapter(request, name)
+            self._check_blocks(adapter, name)
         except AdapterError as error:
             logger.warning("refused %s", error)
             raise
+        plain = adapter if isinstance(adapter, LoRAModel) else None
+        counts = plain.tensor_counts if plain is not None else {}
         logger.info(
-            "loaded %s (id %d, rank %d, %.1f MB) in %.0f ms",
+            "loaded %s (id %d, rank %d, %.1f MB) in %.0f ms; tensors: %s",
             name,
-            lora.id,
-            lora.rank,
-            lora.nbytes / 1e6,
+            adapter.id,
+            adapter.rank,
+            adapter.nbytes / 1e6,
             (time.perf_counter() - start) * 1e3,
+            ", ".join(f"{row} {count}" for row, count in counts.items())
+            or "those of its components",
         )
-        needs = blocks_needed(lora, self.modules)
-        return lora, _Version(request.lora_path, _source(request), folder, lora.identity, needs)
+        return adapter, AdapterVersion(
+            request,
+            _source(request),
+            folder,
+            adapter.identity,
+            self.manager.needs(adapter),
+            plain.added_tokens if plain is not None else 0,
+            plain.invocation_tokens if plain is not None else (),
+        )
+
+    def _adapter(self, request: LoRARequest, name: str) -> tuple[Adapter, Path | None]:
+        """Reads it from where the request says: its components, memory, or a folder."""
+        adapter_id = request.lora_int_id
+        if request.components is not None:
+            parts = [(self._component(one, adapter_id), w) for one, w in request.components]
+            return mix(adapter_id, parts, request.combination_type, name), None
+        if request.lora_tensors is not None:
+            config = dict(request.peft_config or {})
+            identity = content_identity(request.lora_tensors, config)
+            lora = LoRAModel.from_lora_tensors(
+                adapter_id,
+                dict(request.lora_tensors),
+                PEFTHelper.from_dict(config, name),
+                self.modules,
+                self.lora_config,
+                name=name,
+                identity=identity,
+                base_weight=self._base_weight,
+            )
+            self._warn_of_base(config.get("base_model_name_or_path"), name)
+            return lora, None
+        folder = self._folder(request, self._known(request))
+        lora = LoRAModel.from_local_checkpoint(
+            folder,
+            adapter_id,
+            self.modules,
+            self.lora_config,
+            name,
+            base_weight=self._base_weight,
+        )
+        return lora, folder
+
+    def _component(self, request: LoRARequest, mixture_id: int) -> LoRAModel:
+        if request.lora_int_id == mixture_id:
+            raise AdapterError(
+                f"adapter {request.lora_name!r}: id {mixture_id} is the mixture's own id too"
+            )
+        known = self._known(request)
+        lora = self.manager.get_adapter(request.lora_int_id)
+        if known is None or lora is None:
+            lora = self._adapter(request, f"adapter {request.lora_name!r}")[0]
+        if not isinstance(lora, LoRAModel):
+            raise AdapterError(f"adapter {request.lora_name!r} is a mixture itself")
+        return lora
+
+    def _check_blocks(self, adapter: Adapter, name: str) -> None:
+        """Raises when the adapter takes more blocks of a row than a slot can list."""
+        limit, taken = self.lora_config.max_blocks, Counter[str]()
+        for needs in self.manager.needs(adapter).values():
+            taken.update(needs)
+        most = max(taken.values(), default=0)
+        if most > limit:
+            raise AdapterError(
+                f"{name}: it takes {most} rank blocks of 16 in a projection, a slot lists at most "
+                f"{limit}; max_lora_blocks={most} would take it"
+            )
+
+    def _warn_of_base(self, base: str | None, name: str) -> None:
+        """Says once of each name that it is not the model's."""
+        if base is None or self._model_name is None or base in self._warned:
+            return
+        if base != self._model_name and Path(base).name != Path(self._model_name).name:
+            self._warned.add(base)
+            logger.warning(
+                "%s was made for the base model %s; the one that is loaded is %s",
+                name,
+                base,
+                self._model_name,
+            )
 
 
 class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
@@ -315,6 +429,24 @@ class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
         pass
 
 
+def _same(one: LoRARequest, other: LoRARequest) -> bool:
+    """Whether they name the same in the same words."""
+    return (
+        one.lora_path == other.lora_path
+        and one.lora_tensors is other.lora_tensors
+        and one.components is other.components
+    )
+
+
 def _source(request: LoRARequest) -> str:
+    """What a request names, whatever the spelling."""
+    if request.components is not None:
+        parts = [
+            f"{weight!r} * {one.lora_int_id} ({_source(one)})" for one, weight in request.components
+        ]
+        return f"{request.combination_type} of {', '.join(parts)}"
+    if request.lora_tensors is not None:
+        identity = content_identity(request.lora_tensors, request.peft_config or {})
+        return f"tensors in memory ({identity.removeprefix('memory:')[:12]})"
     path = os.path.expanduser(request.lora_path)
     return os.path.realpath(path) if os.path.isdir(path) else request.lora_path
