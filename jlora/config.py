@@ -188,6 +188,12 @@ class ModelConfig:
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    extra_vocab_size: int = 0  # tokens that adapters may add
+
+    @property
+    def total_vocab(self) -> int:
+        """The vocabulary with what adapters may add to it."""
+        return self.vocab_size + self.extra_vocab_size
 
 
 @dataclass

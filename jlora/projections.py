@@ -7,6 +7,7 @@ the adapter pool, and the sharding. Widths here are those of Hugging Face; `colu
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,11 +142,28 @@ EMBED, HEAD = "embed_tokens", "lm_head"
 
 def vocab_projections(config: ModelConfig) -> tuple[Projection, Projection]:
     """The two of the vocabulary: embed_tokens, lm_head. (Base weights lie apart from the table.)"""
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden, vocab = config.hidden_size, config.total_vocab
     return (
         Projection(EMBED, "model", (_part(EMBED, hidden, 1),), vocab, "none", per_layer=False),
         Projection(HEAD, "", (_part(HEAD, vocab, vocab),), hidden, "out", per_layer=False),
     )
+
+
+class Feature(enum.IntEnum):
+    """Columns of the feature table.
+
+    MAGNITUDE, BIAS, EMBED_ROWS, HEAD_ROWS: the slot whose arrays hold it, `max_loras` (where
+    they hold what changes nothing) when the adapter has none. FULL_EMBED, FULL_HEAD: which of the
+    full matrices, -1 for none. ADDED: how many tokens the adapter adds to the vocabulary.
+    """
+
+    MAGNITUDE = 0
+    BIAS = 1
+    EMBED_ROWS = 2
+    HEAD_ROWS = 3
+    FULL_EMBED = 4
+    FULL_HEAD = 5
+    ADDED = 6
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:

@@ -8,7 +8,7 @@ from jlora.manager.blocks import (
     pool_rows,
     row_blocks,
 )
-from jlora.manager.features import Feature, FeatureWrite, feature_rows
+from jlora.manager.features import BaseWeight, FeatureWrite, feature_rows, no_features
 from jlora.manager.lora_model import (
     LoRALayerWeights,
     LoRAModel,
@@ -18,12 +18,17 @@ from jlora.manager.lora_model import (
 from jlora.manager.manager import LoRAModelManager
 from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft import PEFTHelper
-from jlora.manager.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from jlora.manager.worker_manager import (
+    AdapterVersion,
+    LRUCacheWorkerLoRAManager,
+    WorkerLoRAManager,
+)
 
 __all__ = [
+    "AdapterVersion",
+    "BaseWeight",
     "BlockPool",
     "BlockWrite",
-    "Feature",
     "FeatureWrite",
     "LRUCacheWorkerLoRAManager",
     "LoRALayerWeights",
@@ -37,6 +42,7 @@ __all__ = [
     "WorkerLoRAManager",
     "blocks_needed",
     "feature_rows",
+    "no_features",
     "pool_rows",
     "row_blocks",
 ]

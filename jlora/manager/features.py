@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,26 +10,9 @@ import numpy as np
 from jlora.config import LoRAConfig
 from jlora.manager.blocks import pool_rows
 from jlora.manager.lora_model import LoRAModel, VocabRows
-from jlora.projections import EMBED, HEAD, ModuleMap, Projection
+from jlora.projections import EMBED, HEAD, Feature, ModuleMap, Projection
 
 BaseWeight = Callable[[str], np.ndarray]  # a tensor of the base's checkpoint, by its name
-
-
-class Feature(enum.IntEnum):
-    """Columns of the feature table.
-
-    MAGNITUDE, BIAS, EMBED_ROWS, HEAD_ROWS: the slot whose arrays hold it, `max_loras` (where
-    they hold what changes nothing) when the adapter has none. FULL_EMBED, FULL_HEAD: which of the
-    full matrices, -1 for none. ADDED: how many tokens the adapter adds to the vocabulary.
-    """
-
-    MAGNITUDE = 0
-    BIAS = 1
-    EMBED_ROWS = 2
-    HEAD_ROWS = 3
-    FULL_EMBED = 4
-    FULL_HEAD = 5
-    ADDED = 6
 
 
 TOKEN_ROWS = {EMBED: Feature.EMBED_ROWS, HEAD: Feature.HEAD_ROWS}

@@ -158,10 +158,10 @@ class WorkerLoRAManager:
 
     # -- the engine's interface ------------------------------------------------------------
 
-    def check(self, request: LoRARequest) -> str:
+    def check(self, request: LoRARequest) -> AdapterVersion:
         """Makes sure, before a request is admitted, that its adapter can be served.
 
-        Reads it (keeping it on the host when there is room). Returns the version's identity.
+        Reads it (keeping it on the host when there is room). Returns the version that there is.
         """
         adapter_id = request.lora_int_id
         known = self._known(request)
@@ -174,7 +174,7 @@ class WorkerLoRAManager:
             if known is None or known.identity != self._identity_now(request, known):
                 self._versions[adapter_id] = self._load(request)[1]
             self._require_room(request, self._versions[adapter_id].needs)
-        return self.identity(adapter_id)
+        return self._versions[adapter_id]
 
     def acquire(self, request: LoRARequest) -> int | None:
         """A slot for a request that starts to run, or None when it must wait for others to end.
