@@ -153,6 +153,10 @@ class RopeConfig:
         value = dict(self.params).get(name)
         return default if value is None else value
 
+    def rotary_dim(self, head_dim: int) -> int:
+        """The first dimensions of a head, which are turned; the others stay."""
+        return int(head_dim * self.get("partial_rotary_factor", 1.0))
+
     @property
     def length_dependent_from(self) -> int | None:
         """Sequences longer than this are rotated by frequencies that depend on their length."""
@@ -165,7 +169,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: sizes and the flags in which the families differ."""
+    """A decoder: sizes and the flags in which the families differ, whose defaults are Llama's."""
 
     model_type: str
     vocab_size: int
@@ -183,8 +187,27 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    fused_projections: bool = False  # qkv_proj and gate_up_proj are a module each
+    pre_norms: bool = True  # in front of attention and MLP
+    post_norms: bool = False  # behind them, before the residual sum
+    norm_in_float32: bool = False  # norms multiply by their weight before they cast, not after
+    norm_offset: float = 0.0  # added to that weight; only with norm_in_float32
     qk_norm: bool = False
+    qk_norm_whole: bool = False  # with qk_norm: over all heads together, not over each
+    clip_qkv: float | None = None  # q, k and v lie between minus and plus this
+    rope_in_float32: bool = False  # turns q and k before they are cast to dtype, not after
+    sliding_rope: RopeConfig | None = None  # of the layers with a window, when not `rope`
     sliding_windows: tuple[int | None, ...] = ()  # a layer; None: full attention
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    attention_soft_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
+    logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None
+    num_experts: int = 0  # 0: a dense MLP of intermediate_size
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False  # the weights of a token's experts sum to one
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -194,6 +217,11 @@ class ModelConfig:
     def total_vocab(self) -> int:
         """The vocabulary with what adapters may add to it."""
         return self.vocab_size + self.extra_vocab_size
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotations: of all layers, or of full and of sliding ones."""
+        return (self.rope,) if self.sliding_rope is None else (self.rope, self.sliding_rope)
 
 
 @dataclass

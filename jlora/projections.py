@@ -110,31 +110,63 @@ def _part(name: str, width: int, units: int, bias: bool = False) -> Part:
     return Part(name, (Piece(width, units),), bias)
 
 
+def _fused(name: str, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The same columns as one module."""
+    pieces = tuple(piece for part in parts for piece in part.pieces)
+    return (Part(name, pieces, any(part.bias for part in parts)),)
+
+
 def projection_table(config: ModelConfig) -> tuple[Projection, ...]:
     """The projections of one decoder layer, in the order in which they run."""
+    return (*_attention_rows(config), *(_moe_rows if config.num_experts else _mlp_rows)(config))
+
+
+def _attention_rows(config: ModelConfig) -> tuple[Projection, ...]:
     heads, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attention = [("q_proj", heads), ("k_proj", kv), ("v_proj", kv)]
+    hidden = config.hidden_size
+    names = [("q_proj", heads), ("k_proj", kv), ("v_proj", kv)]
+    qkv = tuple(_part(name, n * dim, n, config.qkv_bias) for name, n in names)
+    if config.fused_projections:
+        qkv = _fused("qkv_proj", qkv)
+    o = _part("o_proj", hidden, 1, config.o_bias)
     return (
-        Projection(
-            "qkv",
-            "self_attn",
-            tuple(_part(name, n * dim, n, config.qkv_bias) for name, n in attention),
-            hidden,
-            "out",
-        ),
-        Projection(
-            "o", "self_attn", (_part("o_proj", hidden, 1, config.o_bias),), heads * dim, "in"
-        ),
-        Projection(
-            "gate_up",
-            "mlp",
-            tuple(_part(name, inner, inner, config.mlp_bias) for name in ("gate_proj", "up_proj")),
-            hidden,
-            "out",
-        ),
-        Projection("down", "mlp", (_part("down_proj", hidden, 1, config.mlp_bias),), inner, "in"),
+        Projection("qkv", "self_attn", qkv, hidden, "out"),
+        Projection("o", "self_attn", (o,), heads * dim, "in"),
     )
+
+
+def _mlp_rows(config: ModelConfig) -> tuple[Projection, ...]:
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    gate_up = tuple(_part(name, inner, inner, bias) for name in ("gate_proj", "up_proj"))
+    if config.fused_projections:
+        gate_up = _fused("gate_up_proj", gate_up)
+    down = _part("down_proj", hidden, 1, bias)
+    return (
+        Projection("gate_up", "mlp", gate_up, hidden, "out"),
+        Projection("down", "mlp", (down,), inner, "in"),
+    )
+
+
+def _moe_rows(config: ModelConfig) -> tuple[Projection, ...]:
+    hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    gate_up = tuple(_part(name, inner, inner) for name in ("gate_proj", "up_proj"))
+    down = (_part("down_proj", hidden, 1),)
+    return (
+        Projection("router", "mlp", (_part("gate", experts, experts),), hidden, "none"),
+        Projection("experts_gate_up", "mlp.experts", gate_up, hidden, "out", experts),
+        Projection("experts_down", "mlp.experts", down, inner, "in", experts),
+    )
+
+
+def layer_norms(config: ModelConfig) -> dict[str, str]:
+    """The norms over the hidden state in a layer, by their place in it, and their module names.
+
+    "attention" and "mlp" stand in front of these, "attention_out" and "mlp_out" behind them.
+    """
+    behind = {"attention_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+    mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    before = {"attention": "input_layernorm", "mlp": mlp}
+    return {**(before if config.pre_norms else {}), **(behind if config.post_norms else {})}
 
 
 EMBED, HEAD = "embed_tokens", "lm_head"
@@ -169,9 +201,10 @@ class Feature(enum.IntEnum):
 def check_shards(config: ModelConfig, shards: int) -> None:
     """Raises when the model cannot be divided among `shards` devices."""
     kv = config.num_kv_heads
+    inner = "moe_intermediate_size" if config.num_experts else "intermediate_size"
     for name, size in (
         ("num_attention_heads", config.num_heads),
-        ("intermediate_size", config.intermediate_size),
+        (inner, getattr(config, inner)),
     ):
         if size % shards:
             raise ValueError(f"tensor_parallel_size={shards} does not divide {name}={size}")

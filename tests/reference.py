@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ LONGROPE = rope(
     original_max_position_embeddings=96,
     factor=4.0,
 )
+PHI = {"head_dim": None, "pad_token_id": 0}
+PHI_LONGROPE = rope(  # turns 6 of a head's 8 dimensions
+    "longrope",
+    partial_rotary_factor=0.75,
+    short_factor=[1.0 + 0.05 * i for i in range(3)],
+    long_factor=[1.5 + 0.5 * i for i in range(3)],
+    original_max_position_embeddings=96,
+)
 # Family -> (model_type, differences from SIZES).
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama2": ("llama", {"num_key_value_heads": 6, "head_dim": 8}),
@@ -71,6 +80,42 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "qwen3": ("qwen3", {"head_dim": 24}),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {**rope("default", partial_rotary_factor=0.75), **PHI, "sliding_window": 24},
+    ),
+    "phi3-longrope": ("phi3", {**PHI_LONGROPE, **PHI}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.3,
+        },
+    ),
+    "olmo2": ("olmo2", {"pad_token_id": 0}),
 }
 
 
@@ -87,8 +132,8 @@ def make_model(family: str, folder: Path, seed: int = 0, **changes) -> torch.nn.
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
-            elif "norm" in name:
-                parameter.normal_(1, 0.1)
+            elif "norm" in name:  # Gemma's multiply by 1 + weight
+                parameter.normal_(0 if model_type.startswith("gemma") else 1, 0.1)
     model.save_pretrained(folder, max_shard_size="60KB")
     return model
 
@@ -96,8 +141,22 @@ def make_model(family: str, folder: Path, seed: int = 0, **changes) -> torch.nn.
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def adapter_kinds(rank_limit: int = 64) -> dict[str, dict]:
-    """LoraConfig arguments of adapters of different ranks and kinds."""
+# What a family calls these, or has instead of them.
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+ATTENTION_ONLY = {
+    "mlp.down_proj": "self_attn.o_proj",
+    "gate_proj": "k_proj",
+    "up_proj": "q_proj",
+    "down_proj": "o_proj",
+}
+RENAMED = {"phi3": FUSED, **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), ATTENTION_ONLY)}
+
+
+def adapter_kinds(rank_limit: int = 64, family: str = "llama3") -> dict[str, dict]:
+    """LoraConfig arguments of adapters of different ranks and kinds, for a family's modules."""
     kinds = {
         "all-8": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
         "qv-4": {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -117,7 +176,12 @@ def adapter_kinds(rank_limit: int = 64) -> dict[str, dict]:
         },
         "all-64": {"r": 64, "lora_alpha": 32, "target_modules": "all-linear"},
     }
-    return {name: kind for name, kind in kinds.items() if kind["r"] <= rank_limit}
+    kinds = {name: kind for name, kind in kinds.items() if kind["r"] <= rank_limit}
+    renamed = RENAMED.get(FAMILIES[family][0])
+    if renamed is None:
+        return kinds
+    names = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in renamed))
+    return json.loads(names.sub(lambda match: renamed[match[0]], json.dumps(kinds)))
 
 
 def make_adapter(

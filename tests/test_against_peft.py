@@ -25,7 +25,7 @@ def build(tmp_path, family, rank_limit=64):
     model = tmp_path / "model"
     make_model(family, model)
     adapters = {}
-    for seed, (name, kind) in enumerate(adapter_kinds(rank_limit).items()):
+    for seed, (name, kind) in enumerate(adapter_kinds(rank_limit, family).items()):
         adapters[name] = tmp_path / name
         make_adapter(model, adapters[name], seed=seed, **kind)
     return model, adapters
@@ -90,7 +90,7 @@ def run_and_compare(llm, reference, adapters, seed=0, tokens=12, lengths=LENGTHS
 
 # A length-dependent rope answers as if each token had come in a forward of its own length, which
 # is what generating with a cache does; teacher forcing in one forward cannot show it.
-LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope")
+LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope", "phi3-longrope")
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in LENGTH_DEPENDENT])
@@ -108,7 +108,7 @@ def test_preemption_changes_nothing(tmp_path):
     assert llm.llm_engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gemma3", "phi3", "olmo2"])
 def test_two_devices(family, tmp_path):
     model, adapters = build(tmp_path, family)
     llm = engine(model, tensor_parallel_size=2)

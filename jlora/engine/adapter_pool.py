@@ -255,7 +255,10 @@ class AdapterPool:
         """Of `BlockWrite.arrays`; block is counted without experts."""
         a_in = PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else WHOLE
         b_in = PartitionSpec(None, None, AXIS, None) if row.shard == "out" else WHOLE
-        pool, at = self.state.rows[row.name], np.array([layer, block * (row.experts or 1)], np.int32)
+        pool, at = (
+            self.state.rows[row.name],
+            np.array([layer, block * (row.experts or 1)], np.int32),
+        )
         function = write_embedding_block if row.name == EMBED else write_block
         new_a, new_b = self._run(
             ("block", row.name, a.dtype),

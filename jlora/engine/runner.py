@@ -158,10 +158,12 @@ class ModelRunner:
 
     def _context(self, view: TokenView, batch: Array, pool: AdapterState | None) -> StepContext:
         config, model = self.config, self.model_config
-        cos, sin = rope_cos_sin(model.rope, model.head_dim, view.positions, view.rope_lengths)
+        ropes = tuple(
+            rope_cos_sin(rope, model.head_dim, view.positions, view.rope_lengths)
+            for rope in model.ropes
+        )
         return StepContext(
-            cos=cos,
-            sin=sin,
+            ropes=ropes,
             destinations=view.destinations,
             kv_lens=batch[:, KV_LEN],
             page_indices=batch[:, PAGES:],

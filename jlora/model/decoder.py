@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from jlora.config import ModelConfig
 from jlora.model.adapters import TokenAdapters
-from jlora.model.layers import AXIS, DecoderLayer, RMSNorm, StepContext
+from jlora.model.decoder_layer import DecoderLayer
+from jlora.model.layers import AXIS, RMSNorm, StepContext, scaled
 from jlora.model.vocabulary import Embedding, LMHead, head_logits, known_tokens, stored_vocab
 from jlora.projections import projection_table
 
@@ -36,7 +37,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [DecoderLayer(config, rows, layer, shards) for layer in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else LMHead(vocab, config.hidden_size, dtype)
 
@@ -47,7 +48,7 @@ class Decoder(nnx.Module):
         step: StepContext,
     ) -> tuple[Float[Array, "tokens hidden"], Array]:
         """-> the hidden states after the last norm, and kv with the tokens' keys and values."""
-        hidden = self.embed(tokens, step.adapters)
+        hidden = scaled(self.embed(tokens, step.adapters), self.config.embedding_scale)
         for layer, module in enumerate(self.layers):
             graph, params = nnx.split(module)
             hidden, kv = _run_layer(graph, params, hidden, kv, jnp.int32(layer), step)
@@ -59,5 +60,10 @@ class Decoder(nnx.Module):
         """float32 logits of all devices' vocabulary; adapters: those of the rows."""
         head = self.embed if self.lm_head is None else self.lm_head
         local = head_logits(head.weight[...], hidden, adapters)
+        if self.config.logits_divisor != 1:
+            local = local / self.config.logits_divisor
+        if self.config.logits_soft_cap is not None:
+            cap = self.config.logits_soft_cap
+            local = jnp.tanh(local / cap) * cap
         whole = jax.lax.all_gather(local, AXIS, axis=1, tiled=True)
         return known_tokens(whole, self.config, adapters)

@@ -22,7 +22,7 @@ from jlora.config import ModelConfig
 from jlora.model.decoder import Decoder
 from jlora.model.layers import AXIS
 from jlora.model.vocabulary import stored_vocab
-from jlora.projections import ModuleMap, Projection
+from jlora.projections import ModuleMap, Part, Piece, Projection, layer_norms
 
 Path_ = tuple[Any, ...]
 T = TypeVar("T")
@@ -101,18 +101,30 @@ def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
         table.append(whole(("lm_head", "weight"), HEAD, vocab, hidden, spec=vocab_spec))
     for layer in range(config.num_layers):
         at, prefix = ("layers", layer), f"model.layers.{layer}"
-        table.append(
-            whole((*at, "input_norm", "weight"), f"{prefix}.input_layernorm.weight", hidden)
-        )
-        table.append(
-            whole((*at, "post_norm", "weight"), f"{prefix}.post_attention_layernorm.weight", hidden)
-        )
-        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            table.append(
-                whole((*at, norm, "weight"), f"{prefix}.self_attn.{norm}.weight", config.head_dim)
-            )
+        for place, name in layer_norms(config).items():
+            table.append(whole((*at, f"{place}_norm", "weight"), f"{prefix}.{name}.weight", hidden))
+        table += _qk_norm_weights(config, layer, shards)
         for row in modules.projections:
             table += _projection_weights(modules, row, layer, shards)
+    return table
+
+
+def _qk_norm_weights(config: ModelConfig, layer: int, shards: int) -> list[Weight]:
+    table: list[Weight] = []
+    if not config.qk_norm:
+        return table
+    for norm, heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+        path = ("layers", layer, "attention", norm, "weight")
+        name = f"model.layers.{layer}.self_attn.{norm}.weight"
+        if config.qk_norm_whole:  # divided and copied as the columns that it norms
+            width = heads * config.head_dim
+            columns = Projection("", "", (Part("", (Piece(width, heads),)),), 0, "out")
+            order = columns.columns(shards) if shards > 1 else None
+            spec = PartitionSpec(AXIS)
+            table.append(Weight(path, (Source(name, 0, (width,)),), (width,), spec, order))
+        else:
+            shape = (config.head_dim,)
+            table.append(Weight(path, (Source(name, 0, shape),), shape, WHOLE))
     return table
 
 
@@ -129,7 +141,7 @@ def _projection_weights(
     order = row.columns(shards) if shards > 1 and row.shard == "out" else None
     out = row.shard == "out"
     spec = PartitionSpec(None, AXIS) if out else PartitionSpec(AXIS, None)
-    at = ("layers", layer, row.name)
+    at = ("layers", layer, "attention" if row.module == "self_attn" else "mlp", row.name)
     table = [Weight((*at, "weight"), tuple(weights), (start, row.d_in), spec, order, True)]
     if row.bias:
         spec = PartitionSpec(AXIS) if out else PartitionSpec()
@@ -157,7 +169,7 @@ def load_model(
     if {weight.path for weight in table} != set(shapes):
         raise RuntimeError("the weight table and the model disagree")  # a defect of jlora
     if dummy_seed is not None:
-        arrays = _random_weights(table, shapes, mesh, dummy_seed, progress)
+        arrays = _random_weights(table, shapes, mesh, dummy_seed, config.norm_offset, progress)
     else:
         arrays = _read_weights(table, config, find_checkpoint(model, revision), mesh, progress)
     specs = {weight.path: weight.spec for weight in table}
@@ -171,13 +183,18 @@ def _as_state(like: Any, values: dict[Path_, Any]) -> Any:
 
 
 def _random_weights(
-    table: list[Weight], shapes: dict[Path_, Any], mesh: Mesh, seed: int, progress: bool
+    table: list[Weight],
+    shapes: dict[Path_, Any],
+    mesh: Mesh,
+    seed: int,
+    norm_offset: float,
+    progress: bool,
 ) -> dict[Path_, jax.Array]:
     """Norms of one, biases of zero, normal matrices that keep the activations' size."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2, 3))
     def draw(key: Any, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-        scale = 0.02 if len(shape) == 2 else 0.0
+        scale = 0.02 if len(shape) > 1 else 0.0
         value = scale * jax.random.normal(key, shape, jnp.float32)
         return jax.lax.with_sharding_constraint(value.astype(dtype), sharding)
 
@@ -186,7 +203,8 @@ def _random_weights(
         shape = shapes[weight.path]
         sharding = NamedSharding(mesh, weight.spec)
         if "norm" in str(weight.path[-2]):
-            arrays[weight.path] = jax.device_put(jnp.ones(shape.shape, shape.dtype), sharding)
+            one = jnp.full(shape.shape, 1 - norm_offset, shape.dtype)
+            arrays[weight.path] = jax.device_put(one, sharding)
         else:
             key = jax.random.fold_in(jax.random.key(seed), index)
             arrays[weight.path] = draw(key, shape.shape, shape.dtype, sharding)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) with the scalings that transformers knows for llama.
+"""Rotary position embedding (Su et al. 2021) with the scalings that transformers knows.
 
 The frequencies are those of `transformers`' rope types: linear (position interpolation), dynamic
 (NTK-aware, grows with the sequence), yarn (Peng et al. 2023), longrope (Ding et al. 2024) and
@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 from jlora.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """float32 [head_dim / 2] radians a position, and what cos and sin are multiplied by.
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[np.ndarray, float]:
+    """float32 [rotary_dim / 2] radians a position, and what cos and sin are multiplied by.
 
     For longrope and dynamic these are the frequencies of short sequences.
     """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
     match rope.type:
         case "linear":
@@ -29,7 +29,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
         case "llama3":
             return _llama3(rope, plain), 1.0
         case "yarn":
-            return _yarn(rope, head_dim, plain)
+            return _yarn(rope, rotary_dim, plain)
         case "longrope":
             short = np.asarray(rope.get("short_factor"), np.float32)
             return plain / short, _longrope_attention(rope)
@@ -47,7 +47,7 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
-def _yarn(rope: RopeConfig, head_dim: int, plain: np.ndarray) -> tuple[np.ndarray, float]:
+def _yarn(rope: RopeConfig, rotary_dim: int, plain: np.ndarray) -> tuple[np.ndarray, float]:
     context = rope.get("original_max_position_embeddings", rope.max_position_embeddings)
     factor = rope.get("factor", rope.max_position_embeddings / context)
 
@@ -61,16 +61,16 @@ def _yarn(rope: RopeConfig, head_dim: int, plain: np.ndarray) -> tuple[np.ndarra
 
     def dimension(turns: float) -> float:
         """The dimension that makes `turns` turns in the original context."""
-        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return rotary_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low = dimension(rope.get("beta_fast") or 32)
     high = dimension(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
         high += 0.001
-    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    ramp = np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     return (plain / factor * ramp + plain * (1 - ramp)).astype(np.float32), float(attention)
 
 
@@ -87,29 +87,30 @@ def rope_cos_sin(
     positions: Int[Array, " tokens"],
     lengths: Int[Array, " tokens"],
 ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
-    """Cosines and sines of each token's position, float32.
+    """Cosines and sines of each token's position, float32; half of the dimensions that turn.
 
     lengths: of the sequence when the token was first computed (the prompt's length for its
     tokens, position + 1 after it), on which dynamic and longrope depend.
     """
-    short, attention = inverse_frequencies(rope, head_dim)
+    rotary_dim = rope.rotary_dim(head_dim)
+    short, attention = inverse_frequencies(rope, rotary_dim)
     frequencies = jnp.asarray(short)[None]
     limit = rope.length_dependent_from
     if limit is not None:
         is_long = (lengths > limit)[:, None]
-        frequencies = jnp.where(is_long, _long_frequencies(rope, head_dim, lengths), frequencies)
+        frequencies = jnp.where(is_long, _long_frequencies(rope, rotary_dim, lengths), frequencies)
     angles = positions.astype(jnp.float32)[:, None] * frequencies  # [tokens, half]
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
 
 
-def _long_frequencies(rope: RopeConfig, head_dim: int, lengths: Array) -> Array:
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+def _long_frequencies(rope: RopeConfig, rotary_dim: int, lengths: Array) -> Array:
+    exponent = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
     if rope.type == "longrope":
         factors = jnp.asarray(rope.get("long_factor"), jnp.float32)
         return (1.0 / (factors * rope.theta**exponent))[None]
     factor, limit = rope.get("factor"), rope.max_position_embeddings
     growth = factor * lengths.astype(jnp.float32) / limit - (factor - 1)
-    base = rope.theta * growth ** (head_dim / (head_dim - 2))
+    base = rope.theta * growth ** (rotary_dim / (rotary_dim - 2))
     return 1.0 / (base[:, None] ** exponent[None])
 
 
@@ -118,7 +119,12 @@ def apply_rope(
     cos: Float[Array, "tokens half"],
     sin: Float[Array, "tokens half"],
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Turns the pairs (x[i], x[i + head_dim / 2]); in x's dtype, as transformers does."""
+    """Turns the pairs (x[i], x[i + half]); in x's dtype, as transformers does.
+
+    What lies behind the two halves passes unturned.
+    """
     cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

@@ -14,7 +14,14 @@ from jlora.engine.kv_pages import PageAllocator, Prefix
 PAGES, SIZE = 8, 2
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 ROOTS = st.sampled_from(
-    [Prefix(), Prefix(0, "a"), Prefix(9, "a"), Prefix(0, "a", 3), Prefix(0, "b", 3), Prefix(0, "a", 4)]
+    [
+        Prefix(),
+        Prefix(0, "a"),
+        Prefix(9, "a"),
+        Prefix(0, "a", 3),
+        Prefix(0, "b", 3),
+        Prefix(0, "a", 4),
+    ]
 )
 
 

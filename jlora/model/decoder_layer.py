@@ -1,0 +1,148 @@
+"""One layer of the decoder: attention and MLP, each between its norms, added to the residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jlora import kernels
+from jlora.config import ModelConfig
+from jlora.model.layers import ACTIVATIONS, LoRALinear, RMSNorm, StepContext, scaled
+from jlora.model.rope import apply_rope
+from jlora.projections import Projection, layer_norms
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, rows: dict[str, Projection], shards: int) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.gate_up = LoRALinear(rows["gate_up"], shards, dtype)
+        self.down = LoRALinear(rows["down"], shards, dtype)
+        self.activation = config.hidden_act
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], layer: int | Int[Array, ""], step: StepContext
+    ) -> Float[Array, "tokens hidden"]:
+        gate, up = jnp.split(self.gate_up(x, layer, step), 2, axis=-1)
+        return self.down(ACTIVATIONS[self.activation](gate) * up, layer, step)
+
+
+class Attention(nnx.Module):
+    """Attention over the pages of each sequence, heads divided among the devices."""
+
+    def __init__(
+        self, config: ModelConfig, rows: dict[str, Projection], layer: int, shards: int
+    ) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.qkv = LoRALinear(rows["qkv"], shards, dtype)
+        self.o = LoRALinear(rows["o"], shards, dtype)
+        q_width, k_width, _ = self.qkv.piece_widths
+        self.head_dim, self.norm_whole = config.head_dim, config.qk_norm_whole
+        widths: tuple[int | None, int | None] = (None, None)
+        if config.qk_norm:
+            whole = (q_width * shards, k_width * shards)
+            widths = whole if self.norm_whole else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (
+            None if width is None else RMSNorm(width, config, sharded=self.norm_whole)
+            for width in widths
+        )
+        self.clip, self.rope_in_float32 = config.clip_qkv, config.rope_in_float32
+        self.window = config.sliding_windows[layer] if config.sliding_windows else None
+        self.rope = 1 if self.window and config.sliding_rope is not None else 0
+        scale, self.soft_cap = config.attention_scale, config.attention_soft_cap
+        self.scale = config.head_dim**-0.5 if scale is None else scale
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden"],
+        kv: Float[Array, "pages page_size kv_heads_2 kv_head_dim"],
+        layer: int | Int[Array, ""],
+        step: StepContext,
+    ) -> tuple[Array, Array]:
+        """Writes the tokens' keys and values, then attends; -> [tokens, hidden], kv."""
+        q, k, v = self.heads(x, layer, step)
+        page_size, first_page = kv.shape[1], layer * step.pages_per_layer
+        destinations = jnp.where(
+            step.destinations < 0, -1, step.destinations + first_page * page_size
+        )
+        kv = kernels.write_kv(kv, k, v, destinations, implementation=step.implementation)
+        attended = kernels.ragged_paged_attention(
+            q,
+            kv,
+            step.kv_lens,
+            step.page_indices + first_page,
+            step.cu_q_lens,
+            step.num_seqs,
+            kv_heads=k.shape[1],
+            sm_scale=self.scale,
+            sliding_window=self.window,
+            soft_cap=self.soft_cap,
+            implementation=step.implementation,
+        )
+        return self.o(attended.reshape(attended.shape[0], -1), layer, step), kv
+
+    def heads(self, x: Array, layer: Any, step: StepContext) -> tuple[Array, Array, Array]:
+        """-> q, k, v [tokens, heads, head_dim] of this device, normed and turned."""
+        q_width, k_width, _ = self.qkv.piece_widths
+        q, k, v = jnp.split(self.qkv(x, layer, step), [q_width, q_width + k_width], axis=-1)
+        if self.norm_whole:
+            q, k = self.norm(q, k)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(part, -self.clip, self.clip) for part in (q, k, v))
+        q, k, v = (part.reshape(part.shape[0], -1, self.head_dim) for part in (q, k, v))
+        if not self.norm_whole:
+            q, k = self.norm(q, k)
+        return self.turned(q, step), self.turned(k, step), v
+
+    def norm(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """The norms of q and k, in the families that have them."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+    def turned(self, x: Array, step: StepContext) -> Array:
+        """x rotated by its position."""
+        cos, sin = step.ropes[self.rope]
+        if self.rope_in_float32:
+            return apply_rope(x.astype(jnp.float32), cos, sin).astype(x.dtype)
+        return apply_rope(x, cos, sin)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each between its norms and added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, rows: dict[str, Projection], layer: int, shards: int
+    ) -> None:
+        norms = {place: RMSNorm(config.hidden_size, config) for place in layer_norms(config)}
+        self.attention_norm, self.attention_out_norm, self.mlp_norm, self.mlp_out_norm = (
+            norms.get(place) for place in ("attention", "attention_out", "mlp", "mlp_out")
+        )
+        self.attention = Attention(config, rows, layer, shards)
+        self.mlp = GatedMLP(config, rows, shards)
+        self.residual_scale = config.residual_scale
+
+    def __call__(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        kv: Float[Array, "pages page_size kv_heads_2 kv_head_dim"],
+        layer: int | Int[Array, ""],
+        step: StepContext,
+    ) -> tuple[Array, Array]:
+        """-> hidden, kv; the layer's pages are `pages_per_layer` after those of the last."""
+        out, kv = self.attention(_normed(self.attention_norm, hidden), kv, layer, step)
+        hidden = hidden + self.change(_normed(self.attention_out_norm, out))
+        out = self.mlp(_normed(self.mlp_norm, hidden), layer, step)
+        return hidden + self.change(_normed(self.mlp_out_norm, out)), kv
+
+    def change(self, out: Array) -> Array:
+        """What is added to the residual stream."""
+        return scaled(out, self.residual_scale)
+
+
+def _normed(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
