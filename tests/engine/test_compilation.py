@@ -173,6 +173,7 @@ def test_sampling_and_admission_write_in_place(roomy, variant):
 @pytest.mark.parametrize("dtype", STAGING_DTYPES, ids=str)
 def test_a_block_is_written_in_place(roomy, dtype):
     pool = roomy.llm_engine.runner.pool
+    pool.compile()
     for row in roomy.llm_engine.modules.projections:
         arrays = pool.state.rows[row.name]
         memory = pool._executables["block", row.name, dtype].memory_analysis()
