@@ -172,9 +172,9 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
 EMBED, HEAD = "embed_tokens", "lm_head"
 
 
-def vocab_projections(config: ModelConfig) -> tuple[Projection, Projection]:
+def vocab_projections(config: ModelConfig, vocab: int) -> tuple[Projection, Projection]:
     """The two of the vocabulary: embed_tokens, lm_head. (Base weights lie apart from the table.)"""
-    hidden, vocab = config.hidden_size, config.total_vocab
+    hidden = config.hidden_size
     return (
         Projection(EMBED, "model", (_part(EMBED, hidden, 1),), vocab, "none", per_layer=False),
         Projection(HEAD, "", (_part(HEAD, vocab, vocab),), hidden, "out", per_layer=False),
@@ -245,7 +245,9 @@ class ModuleMap:
     def __init__(self, config: ModelConfig) -> None:
         self.config, self.num_layers = config, config.num_layers
         self.projections = projection_table(config)
-        self.vocab_projections = vocab_projections(config)
+        self.vocab_projections = vocab_projections(config, config.vocab_size)
+        # As the adapter pool has them: with the tokens that adapters may add.
+        self.wide_vocab_projections = vocab_projections(config, config.total_vocab)
         # Exact names only: "layers.01" is not another spelling of a layer.
         self._places = {
             self.name(row, part, layer, expert): ModulePlace(row, part, layer, expert)

@@ -8,7 +8,7 @@ from jlora.manager.blocks import (
     pool_rows,
     row_blocks,
 )
-from jlora.manager.features import BaseWeight, FeatureWrite, feature_rows, no_features
+from jlora.manager.features import FeatureWrite, feature_rows, no_features
 from jlora.manager.lora_model import (
     LoRALayerWeights,
     LoRAModel,

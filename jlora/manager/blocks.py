@@ -18,7 +18,7 @@ Needs = Mapping[str, Mapping[str, int]]
 def pool_rows(modules: ModuleMap, config: LoRAConfig) -> tuple[Projection, ...]:
     """The rows of the table that have a place in the pool: those that the options reserve."""
     layers = [row for row in modules.projections if not row.experts or config.lora_expert_blocks]
-    return (*layers, *(modules.vocab_projections if config.enable_lora_embeddings else ()))
+    return (*layers, *(modules.wide_vocab_projections if config.enable_lora_embeddings else ()))
 
 
 def row_blocks(row: Projection, config: LoRAConfig) -> int:

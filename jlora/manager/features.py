@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.manager.blocks import pool_rows
-from jlora.manager.lora_model import LoRAModel, VocabRows
+from jlora.manager.lora_model import BaseWeight, LoRAModel
+from jlora.manager.weights import VocabRows
 from jlora.projections import EMBED, HEAD, Feature, ModuleMap, Projection
-
-BaseWeight = Callable[[str], np.ndarray]  # a tensor of the base's checkpoint, by its name
-
 
 TOKEN_ROWS = {EMBED: Feature.EMBED_ROWS, HEAD: Feature.HEAD_ROWS}
 FULL = {EMBED: Feature.FULL_EMBED, HEAD: Feature.FULL_HEAD}
@@ -82,7 +79,7 @@ class FeatureWrite:
         array = np.full((layers, int(starts[-1])), fill, np.float32)
         for name, value in values.items():
             place = modules.place(name)
-            if place is not None and place.projection == row:
+            if place is not None and place.projection.name == row.name:
                 start = starts[place.part]
                 array[place.layer, start : start + len(value)] = value
         return array[:, row.columns(shards)]

@@ -17,8 +17,7 @@ import numpy as np
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError, AdapterInUseError
 from jlora.manager.blocks import Needs
-from jlora.manager.features import BaseWeight
-from jlora.manager.lora_model import LoRALayerWeights, LoRAModel
+from jlora.manager.lora_model import BaseWeight, LoRAModel
 from jlora.manager.manager import LoRAModelManager
 from jlora.manager.mixture import Adapter, mix
 from jlora.manager.peft import (
@@ -27,6 +26,7 @@ from jlora.manager.peft import (
     file_identity,
     resolve_adapter_path,
 )
+from jlora.manager.weights import LoRALayerWeights
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
 
