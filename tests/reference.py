@@ -116,6 +116,26 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "olmo2": ("olmo2", {"pad_token_id": 0}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": (
+        "olmoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "clip_qkv": 0.9,
+            "head_dim": None,
+            "pad_token_id": 0,
+        },
+    ),
 }
 
 
@@ -147,6 +167,7 @@ FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 ATTENTION_ONLY = {
+    "all-linear": ".*[qkvo]_proj",  # PEFT would take the experts too
     "mlp.down_proj": "self_attn.o_proj",
     "gate_proj": "k_proj",
     "up_proj": "q_proj",

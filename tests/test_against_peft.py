@@ -108,7 +108,7 @@ def test_preemption_changes_nothing(tmp_path):
     assert llm.llm_engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gemma3", "phi3", "olmo2", "mixtral"])
 def test_two_devices(family, tmp_path):
     model, adapters = build(tmp_path, family)
     llm = engine(model, tensor_parallel_size=2)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jlora import kernels
 from jlora.config import ModelConfig
 from jlora.model.layers import ACTIVATIONS, LoRALinear, RMSNorm, StepContext, scaled
+from jlora.model.moe import MoE
 from jlora.model.rope import apply_rope
 from jlora.projections import Projection, layer_norms
 
@@ -123,7 +124,7 @@ class DecoderLayer(nnx.Module):
             norms.get(place) for place in ("attention", "attention_out", "mlp", "mlp_out")
         )
         self.attention = Attention(config, rows, layer, shards)
-        self.mlp = GatedMLP(config, rows, shards)
+        self.mlp = (MoE if config.num_experts else GatedMLP)(config, rows, shards)
         self.residual_scale = config.residual_scale
 
     def __call__(

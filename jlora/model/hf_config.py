@@ -21,11 +21,23 @@ FAMILIES = (
     "phi3",
     "granite",
     "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
 )
 # Families whose layers all have the window, or each has one or not; the others have none.
-WINDOW_EVERYWHERE = ("mistral", "phi3")
+WINDOW_EVERYWHERE = ("mistral", "phi3", "mixtral", "qwen3_moe")
 WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
-ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2")
+ATTENTION_BIAS = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "olmo2",
+    "qwen3_moe",
+    "olmoe",
+)
 MLP_BIAS = ("llama", "granite")
 # Fields that change what a model computes, and the only values that are served.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -33,6 +45,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "is_heterogeneous": (False,),  # per_layer_config
     "use_bidirectional_attention": (None, False),
+    "mlp_only_layers": (None, []),  # layers of both kinds in one model
+    "decoder_sparse_step": (1,),
 }
 
 
@@ -85,13 +99,14 @@ def model_config(hf: Any, dtype: Any = "auto") -> ModelConfig:
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         bos_token_id=getattr(hf, "bos_token_id", None),
         **_flags(hf, dtype),
+        **_experts(hf),
     )
 
 
 def _flags(hf: Any, dtype: str) -> dict[str, Any]:
     """What is special about a family."""
     match hf.model_type:
-        case "qwen3":
+        case "qwen3" | "qwen3_moe":
             return {"qk_norm": True}
         case "phi3":
             return {"fused_projections": True}
@@ -123,7 +138,31 @@ def _flags(hf: Any, dtype: str) -> dict[str, Any]:
                 "norm_in_float32": True,
                 "rope_in_float32": True,
             }
+        case "olmoe":
+            return {"qk_norm": True, "qk_norm_whole": True, "clip_qkv": hf.clip_qkv}
     return {}
+
+
+def _experts(hf: Any) -> dict[str, Any]:
+    """Of the families that are mixtures of experts."""
+    match hf.model_type:
+        case "mixtral":
+            experts, inner, normalise = hf.num_local_experts, hf.intermediate_size, True
+        case "olmoe":
+            experts, inner, normalise = hf.num_experts, hf.intermediate_size, hf.norm_topk_prob
+        case "qwen3_moe":
+            experts, inner = hf.num_experts, hf.moe_intermediate_size
+            normalise = hf.norm_topk_prob
+        case _:
+            return {}
+    if not 0 < hf.num_experts_per_tok <= experts:
+        raise ValueError(f"num_experts_per_tok={hf.num_experts_per_tok} of {experts} experts")
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": hf.num_experts_per_tok,
+        "moe_intermediate_size": inner,
+        "norm_topk_prob": bool(normalise),
+    }
 
 
 def _refuse(hf: Any) -> None:

@@ -32,13 +32,23 @@ WHOLE = PartitionSpec()  # every device has all of it
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+# What Mixtral's checkpoints call the modules that the other families name alike.
+_MIXTRAL = {
+    "block_sparse_moe": "mlp",
+    "w1.weight": "gate_proj.weight",
+    "w2.weight": "down_proj.weight",
+    "w3.weight": "up_proj.weight",
+}
+
+
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor that fills rows `start : start + shape[0]` of a weight."""
+    """A checkpoint tensor that fills rows `start : start + shape[0]` of a weight or an expert."""
 
     name: str
     start: int
     shape: tuple[int, ...]
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Weight:
 
     In Hugging Face's layout it is [rows, ...]; `rows_order` (None: as they come) lists the row
     of each stored one, `transposed` weights are stored [d_in, rows]; spec shards the stored one.
+    Those of experts have one more axis in front.
     """
 
     path: Path_
@@ -131,21 +142,24 @@ def _qk_norm_weights(config: ModelConfig, layer: int, shards: int) -> list[Weigh
 def _projection_weights(
     modules: ModuleMap, row: Projection, layer: int, shards: int
 ) -> list[Weight]:
-    weights, biases, start = [], [], 0
-    for index, part in enumerate(row.parts):
-        name = modules.name(row, index, layer)
-        weights.append(Source(f"{name}.weight", start, (part.width, row.d_in)))
-        if part.bias:
-            biases.append(Source(f"{name}.bias", start, (part.width,)))
-        start += part.width
+    weights, biases, rows = [], [], sum(part.width for part in row.parts)
+    for expert in range(row.experts or 1):
+        start, of = 0, expert if row.experts else None
+        for index, part in enumerate(row.parts):
+            name, shape = modules.name(row, index, layer, expert), (part.width, row.d_in)
+            weights.append(Source(f"{name}.weight", start, shape, of))
+            if part.bias:
+                biases.append(Source(f"{name}.bias", start, (part.width,)))
+            start += part.width
     order = row.columns(shards) if shards > 1 and row.shard == "out" else None
-    out = row.shard == "out"
-    spec = PartitionSpec(None, AXIS) if out else PartitionSpec(AXIS, None)
+    d_in, out = (AXIS if row.shard == shard else None for shard in ("in", "out"))
+    front, spec_front = ((row.experts,), (None,)) if row.experts else ((), ())
+    shape, spec = (*front, rows, row.d_in), PartitionSpec(*spec_front, d_in, out)
     at = ("layers", layer, "attention" if row.module == "self_attn" else "mlp", row.name)
-    table = [Weight((*at, "weight"), tuple(weights), (start, row.d_in), spec, order, True)]
+    table = [Weight((*at, "weight"), tuple(weights), shape, spec, order, True)]
     if row.bias:
-        spec = PartitionSpec(AXIS) if out else PartitionSpec()
-        table.append(Weight((*at, "bias"), tuple(biases), (start,), spec, order))
+        spec = PartitionSpec(out) if out else WHOLE
+        table.append(Weight((*at, "bias"), tuple(biases), (rows,), spec, order))
     return table
 
 
@@ -260,7 +274,8 @@ def _read_weights(
     seen: set[str] = set()
     faults: list[str] = []
     tied: dict[str, np.ndarray] = {}
-    for name, tensor in _tensors(files, progress):
+    for found, tensor in _tensors(files, progress):
+        name = _module_name(found, config)
         if config.tie_word_embeddings and name in (EMBED, HEAD):
             tied[name] = tensor
         fault = _fault(name, tensor, wanted, name in seen, config)
@@ -284,6 +299,13 @@ def _read_weights(
             f"the checkpoint does not fit the configuration ({config.model_type}):\n  {listed}"
         )
     return arrays
+
+
+def _module_name(name: str, config: ModelConfig) -> str:
+    """A checkpoint's tensor by the name that it has in every family."""
+    if config.model_type != "mixtral":
+        return name
+    return re.sub("|".join(_MIXTRAL), lambda match: _MIXTRAL[match[0]], name)
 
 
 def _fault(
@@ -312,21 +334,24 @@ def _fill(
         buffers[weight.path] = np.zeros(weight.shape, tensor.dtype)  # zero: a part without bias
     elif buffers[weight.path].dtype != tensor.dtype:  # float32 holds every part's values
         buffers[weight.path] = buffers[weight.path].astype(np.float32)
-    buffers[weight.path][source.start : source.start + source.shape[0]] = tensor
-    return buffers[weight.path]
+    buffer = buffers[weight.path]
+    matrix = buffer if source.expert is None else buffer[source.expert]
+    matrix[source.start : source.start + source.shape[0]] = tensor
+    return buffer
 
 
 def _to_device(buffer: np.ndarray, weight: Weight, dtype: str, mesh: Mesh) -> jax.Array:
     """Reorders on the host; transposes and casts on the device."""
-    if weight.rows_order is not None:
-        buffer = buffer[weight.rows_order]
+    rows = weight.rows_order
+    if rows is not None:
+        buffer = buffer[:, rows] if buffer.ndim == 3 else buffer[rows]
     spec = weight.spec
-    incoming = PartitionSpec(*reversed(spec)) if weight.transposed else spec
+    incoming = PartitionSpec(*spec[:-2], spec[-1], spec[-2]) if weight.transposed else spec
     on_device = jax.device_put(buffer, NamedSharding(mesh, incoming))
     return _finish(on_device, weight.transposed, jnp.dtype(dtype), NamedSharding(mesh, spec))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _finish(value: jax.Array, transposed: bool, dtype: Any, sharding: Any) -> jax.Array:
-    value = (value.T if transposed else value).astype(dtype)
+    value = (jnp.swapaxes(value, -1, -2) if transposed else value).astype(dtype)
     return jax.lax.with_sharding_constraint(value, sharding)

@@ -1,0 +1,120 @@
+"""A mixture of experts: a router chooses a few of the MLPs for each token.
+
+The rows (token, choice) of a step are sorted by expert, so that each expert multiplies a stretch
+of them: two grouped matmuls for all experts, and no capacity, nothing dropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jlora import kernels
+from jlora.config import ModelConfig
+from jlora.kernels import Implementation
+from jlora.model.layers import ACTIVATIONS, AXIS, LoRALinear, StepContext
+from jlora.projections import Projection
+
+
+class SortedRows(NamedTuple):
+    """The rows (token, choice) of a step, those of an expert beside each other."""
+
+    order: Int[Array, " rows"]  # token * choices + choice of each
+    token: Int[Array, " rows"]
+    group_sizes: Int[Array, " experts"]
+
+
+def route(
+    logits: Float[Array, "tokens experts"], choices: int, normalise: bool
+) -> tuple[Float[Array, "tokens choices"], Int[Array, "tokens choices"]]:
+    """float32 weights of the most likely experts, and which they are.
+
+    The softmax is over all experts; `normalise` makes the chosen weights sum to one.
+    """
+    likely, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), choices)
+    if normalise:
+        likely = likely / jnp.sum(likely, axis=-1, keepdims=True)
+    return likely, chosen
+
+
+def sort_rows(chosen: Int[Array, "tokens choices"], experts: int) -> SortedRows:
+    """Sorts the rows by their expert; those of one expert stay in the tokens' order."""
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    group_sizes = jnp.zeros(experts, jnp.int32).at[expert].add(1)
+    return SortedRows(order, order // chosen.shape[1], group_sizes)
+
+
+def combine(
+    out: Float[Array, "rows hidden"], rows: SortedRows, weights: Float[Array, "tokens choices"]
+) -> Float[Array, "tokens hidden"]:
+    """The weighted sum of each token's rows, in float32 and in the order of the choices."""
+    place = (
+        jnp.zeros_like(rows.order).at[rows.order].set(jnp.arange(rows.order.size, dtype=jnp.int32))
+    )
+    mine = out[place].reshape(*weights.shape, -1).astype(jnp.float32)  # [tokens, choices, hidden]
+    return jnp.sum(mine * weights[..., None], axis=1).astype(out.dtype)
+
+
+def _grouped_matmul(
+    x: Float[Array, "rows d_in"],
+    w: Float[Array, "experts d_in d_out"],
+    group_sizes: Int[Array, " experts"],
+    implementation: Implementation,
+) -> Float[Array, "rows d_out"]:
+    """x of each group times its expert's matrix; to be kernels.grouped_matmul."""
+    del implementation
+    y = jax.lax.ragged_dot(
+        x,
+        w,
+        group_sizes,
+        precision=kernels.dot_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
+
+
+class ExpertLinear(nnx.Module):
+    """An expert row of the projection table: a matrix for each expert."""
+
+    def __init__(self, row: Projection, shards: int, dtype: jnp.dtype) -> None:
+        shape = (row.experts, row.d_in, row.stored_width(shards))
+        self.weight = nnx.Param(jnp.zeros(shape, dtype))
+        self.name = row.name
+
+    def __call__(
+        self, x: Float[Array, "rows d_in"], rows: SortedRows, step: StepContext
+    ) -> Float[Array, "rows d_out"]:
+        """x: the sorted rows. A row-parallel one gives this device's part of the sum."""
+        return _grouped_matmul(x, self.weight[...], rows.group_sizes, step.implementation)
+
+
+class MoE(nnx.Module):
+    """Router and experts, in the place of a dense MLP."""
+
+    def __init__(self, config: ModelConfig, rows: dict[str, Projection], shards: int) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.router = LoRALinear(rows["router"], shards, dtype)
+        self.experts_gate_up = ExpertLinear(rows["experts_gate_up"], shards, dtype)
+        self.experts_down = ExpertLinear(rows["experts_down"], shards, dtype)
+        self.num_experts, self.choices = config.num_experts, config.num_experts_per_tok
+        self.normalise, self.activation = config.norm_topk_prob, config.hidden_act
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], layer: int | Int[Array, ""], step: StepContext
+    ) -> Float[Array, "tokens hidden"]:
+        weights, chosen = route(self.router(x, layer, step), self.choices, self.normalise)
+        rows = sort_rows(chosen, self.num_experts)
+        out = combine(self.experts(x[rows.token], rows, step), rows, weights)
+        return jax.lax.psum(out, AXIS)
+
+    def experts(
+        self, x: Float[Array, "rows hidden"], rows: SortedRows, step: StepContext
+    ) -> Float[Array, "rows hidden"]:
+        """The gated MLP of each sorted row's expert; this device's part of the sum."""
+        gate, up = jnp.split(self.experts_gate_up(x, rows, step), 2, axis=-1)
+        return self.experts_down(ACTIVATIONS[self.activation](gate) * up, rows, step)
