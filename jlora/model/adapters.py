@@ -96,6 +96,18 @@ class TokenAdapters:
         # NO_ADAPTER is -1, and so the last row.
         return cls(state, routing, state.features[slots], implementation)
 
+    def of_experts(
+        self, token: Int[Array, " rows"], expert: Int[Array, " rows"], experts: int
+    ) -> TokenAdapters:
+        """For rows that are each a token at one of its experts, among `experts`.
+
+        A pair of a slot and an expert is a slot of its own there: see `expert_slots`.
+        """
+        slots = self.routing.token_slots[token]
+        slots = jnp.where(slots < 0, kernels.NO_ADAPTER, slots * experts + expert)
+        routing = kernels.lora_routing(slots, implementation=self.implementation)
+        return dataclasses.replace(self, routing=routing, features=self.features[token])
+
     def feature(self, which: Feature) -> Int[Array, " tokens"]:
         """A column of the feature table."""
         return self.features[:, which]
@@ -133,6 +145,16 @@ class TokenAdapters:
         if row.bias is None:
             return y
         return (y + _of_slot(row.bias, layer, self.feature(Feature.BIAS))).astype(y.dtype)
+
+
+def expert_slots(slots: SlotTable, experts: int) -> SlotTable:
+    """The table of slot * experts + expert, whose blocks are block * experts + expert."""
+    blocks = slots.blocks[:, None] * experts + jnp.arange(experts, dtype=jnp.int32)[:, None]
+    return SlotTable(
+        blocks.reshape(-1, slots.blocks.shape[1]),
+        jnp.repeat(slots.counts, experts),
+        jnp.repeat(slots.scales, experts, axis=0),
+    )
 
 
 def _of_slot(

@@ -85,7 +85,10 @@ class LoadedModel(NamedTuple):
                 case "lm_head":
                     found = tree["lm_head"] if "lm_head" in tree else tree["embed"]
                 case _:
-                    found = tree["layers"][layer][row]
+                    blocks = tree["layers"][layer]
+                    found = next(
+                        blocks[at][row] for at in ("attention", "mlp") if row in blocks[at]
+                    )
             return found["weight"].get_value()
 
         return find(self.params), find(self.specs)
