@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.manager.experts import Fused, check_fused, fused, read_fused
 from jlora.manager.layers import (
     LORA_KINDS,
     canonical,
@@ -49,11 +50,16 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
             source.fail(
                 f"the patterns of its configuration take more than {_MATCHING_SECONDS} s to match"
             )
+    for array, layer in groups.fused:
+        check_fused(source, array, layer)
     for tensor in groups.biases:
         _check_bias(source, tensor)
     vocabulary.check()
     loras: dict[str, LoRALayerWeights] = {}
-    for one in (read_layer(source, layer) for layer in groups.layers):
+    read = [read_layer(source, layer) for layer in groups.layers]
+    for array, layer in groups.fused:
+        read += read_fused(source, array, layer)
+    for one in read:
         if one.module_name in loras:
             source.fail(f"module {one.module_name} is there under two names")
         loras[one.module_name] = one
@@ -67,14 +73,20 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
 @dataclass
 class _Groups:
     layers: list[dict[str, Tensor]]
+    fused: list[tuple[Fused, dict[str, Tensor]]]
     biases: list[Tensor]
     counts: Counter[str]
 
 
 def _groups(source: Source, modules: Modules) -> _Groups:
     """Which tensors are of low-rank adapters, and which are biases; counts every tensor."""
-    groups = _Groups([], [], Counter())
+    groups = _Groups([], [], [], Counter())
     for module, tensors in modules.items():
+        array = fused(source, next(iter(tensors.values())))
+        if array is not None:
+            groups.fused.append((array, tensors))
+            groups.counts[array.row] += len(tensors)
+            continue
         layer = {kind: one for kind, one in tensors.items() if kind in LORA_KINDS}
         for kind, tensor in tensors.items():
             row = place_of(source, tensor).projection
