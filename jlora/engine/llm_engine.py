@@ -26,7 +26,13 @@ from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import RequestState, Sequence
 from jlora.errors import AdapterInUseError
 from jlora.kernels import Implementation
-from jlora.manager import AdapterVersion, LRUCacheWorkerLoRAManager
+from jlora.manager import (
+    UNLIMITED,
+    AdapterLoader,
+    AdapterVersion,
+    LRUCacheWorkerLoRAManager,
+    fitted,
+)
 from jlora.model import AXIS, BaseWeights, load_hf_config, load_model, model_config
 from jlora.projections import ModuleMap, check_shards
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
@@ -48,7 +54,7 @@ class LLMEngine:
         check_shards(model, args.tensor_parallel_size)
         mesh = _mesh(args.tensor_parallel_size)
         implementation = _implementation(args, model)
-        self.lora_config = _with_dtype(args.lora_config(), model)
+        self.lora_config = _lora_config(args, model)
         if self.lora_config is not None:
             extra = self.lora_config.lora_extra_vocab_size
             model = dataclasses.replace(model, extra_vocab_size=extra)
@@ -63,7 +69,8 @@ class LLMEngine:
         self.lora: LRUCacheWorkerLoRAManager | None = None
         pool = None
         if self.lora_config is not None:
-            base = BaseWeights(model, args.model, args.revision, weights, seed is not None)
+            made_up = None if seed is None else weights
+            base = BaseWeights(model, args.model, args.revision, made_up)
             self.lora = LRUCacheWorkerLoRAManager(
                 self.modules, self.lora_config, base, model_name=args.model
             )
@@ -87,6 +94,8 @@ class LLMEngine:
         self._seeds = np.random.default_rng(args.seed)
         if not args.enforce_eager:
             self.warm_up(progress)
+        for request in args.lora_modules or ():
+            self.add_lora(request)
         logger.info("ready in %.1f s", time.perf_counter() - start)
 
     @classmethod
@@ -397,11 +406,19 @@ class LLMEngine:
         return True
 
 
-def _with_dtype(config: LoRAConfig | None, model: ModelConfig) -> LoRAConfig | None:
-    """The limits with lora_dtype "auto" made the model's."""
-    if config is None or config.lora_dtype != "auto":
+def _lora_config(args: EngineArgs, model: ModelConfig) -> LoRAConfig | None:
+    """The limits, with the model's dtype for "auto", and with what lora_modules need."""
+    config = args.lora_config()
+    if config is None:
+        return None
+    if config.lora_dtype == "auto":
+        config = dataclasses.replace(config, lora_dtype=model.dtype)
+    if not args.lora_modules:
         return config
-    return dataclasses.replace(config, lora_dtype=model.dtype)
+    modules = ModuleMap(model)
+    base = None if args.load_format == "dummy" else BaseWeights(model, args.model, args.revision)
+    loader = AdapterLoader(modules, UNLIMITED, base)
+    return fitted(config, (loader.load(request)[0] for request in args.lora_modules), modules)
 
 
 def _mesh(shards: int) -> Mesh:

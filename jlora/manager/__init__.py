@@ -9,6 +9,7 @@ from jlora.manager.blocks import (
     row_blocks,
 )
 from jlora.manager.features import FeatureWrite, feature_rows, no_features
+from jlora.manager.loader import AdapterLoader
 from jlora.manager.lora_model import (
     LoRALayerWeights,
     LoRAModel,
@@ -18,6 +19,7 @@ from jlora.manager.lora_model import (
 from jlora.manager.manager import LoRAModelManager
 from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft import PEFTHelper
+from jlora.manager.requirements import UNLIMITED, fitted
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,
@@ -25,6 +27,8 @@ from jlora.manager.worker_manager import (
 )
 
 __all__ = [
+    "UNLIMITED",
+    "AdapterLoader",
     "AdapterVersion",
     "BaseWeight",
     "BlockPool",
@@ -42,6 +46,7 @@ __all__ = [
     "WorkerLoRAManager",
     "blocks_needed",
     "feature_rows",
+    "fitted",
     "no_features",
     "pool_rows",
     "row_blocks",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +12,9 @@ import numpy as np
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.manager.lora_model import LoRALayerWeights, LoRAModel, PackedLoRALayerWeights
 from jlora.projections import ModuleMap, Projection
+
+if TYPE_CHECKING:
+    from jlora.manager.mixture import LoRAMixture
 
 # What adapters take on the device: identity of an adapter -> row of the pool -> blocks.
 Needs = Mapping[str, Mapping[str, int]]
@@ -195,3 +200,11 @@ def blocks_needed(lora: LoRAModel, modules: ModuleMap) -> dict[str, int]:
             name: -(-rank // LORA_BLOCK_RANK) for name, rank in ranks.items() if rank
         }
     return lora.blocks_needed
+
+
+def most_blocks(adapter: LoRAModel | LoRAMixture, modules: ModuleMap) -> int:
+    """The most rank blocks that an adapter takes in any projection."""
+    taken: Counter[str] = Counter()
+    for lora, _ in adapter.components:
+        taken.update(blocks_needed(lora, modules))
+    return max(taken.values(), default=0)

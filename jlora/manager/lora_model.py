@@ -36,6 +36,7 @@ class LoRAModel:
         vocab_rows: dict[str, VocabRows] | None = None,
         added_tokens: int = 0,
         invocation_tokens: tuple[int, ...] = (),
+        base_model_name: str | None = None,
         tensor_counts: dict[str, int] | None = None,
         expert_blocks: int = 0,
     ) -> None:
@@ -44,7 +45,8 @@ class LoRAModel:
         biases: module -> what its bias is instead of the base's, [d_out]. vocab_rows: by
         "embed_tokens", "lm_head". added_tokens: ids from the base's vocabulary size on that the
         adapter knows too. invocation_tokens: the adapter acts from their last occurrence in the
-        prompt on (an activated LoRA); none: everywhere. tensor_counts: how many tensors of the
+        prompt on (an activated LoRA); none: everywhere. base_model_name: what it was trained on.
+        tensor_counts: how many tensors of the
         file went to each row of the projection table ("bias": biases of modules). expert_blocks:
         rank blocks that the experts of all layers take.
         """
@@ -55,6 +57,7 @@ class LoRAModel:
         self.vocab_rows = vocab_rows or {}
         self.added_tokens = added_tokens
         self.invocation_tokens = invocation_tokens
+        self.base_model_name = base_model_name
         self.tensor_counts = tensor_counts or {}
         self.expert_blocks = expert_blocks
         self.blocks_needed: dict[str, int] | None = None  # see blocks.blocks_needed
@@ -162,6 +165,7 @@ class LoRAModel:
             vocab_rows=parts.vocab_rows,
             added_tokens=parts.added_tokens,
             invocation_tokens=helper.invocation_tokens,
+            base_model_name=helper.base_model_name,
             tensor_counts=parts.tensor_counts,
             expert_blocks=expert_blocks(parts.loras, source.modules),
         )

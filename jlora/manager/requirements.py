@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from jlora.projections import ModuleMap
 
 if TYPE_CHECKING:
     from jlora.manager.lora_model import LoRAModel
+    from jlora.manager.mixture import LoRAMixture
 
 # Up to so many changed rows of the vocabulary are rows of a slot by default, above whole matrices.
 TOKEN_ROWS_AT_MOST = 1024
@@ -71,6 +73,23 @@ def check_reserved(lora: LoRAModel, config: LoRAConfig, name: str) -> None:
                 f"{name}: needs {option}={value}{other}, but the engine was started with "
                 f"{option}={has}"
             )
+
+
+def fitted(
+    config: LoRAConfig, adapters: Iterable[LoRAModel | LoRAMixture], modules: ModuleMap
+) -> LoRAConfig:
+    """The config with what these adapters need besides."""
+    from jlora.manager.blocks import most_blocks  # which knows LoRAModel, which knows this
+
+    listed = list(adapters)
+    parts = [lora for adapter in listed for lora, _ in adapter.components]
+    options = options_for(parts)
+    together = max((most_blocks(adapter, modules) for adapter in listed), default=0)
+    rank = max(config.max_lora_rank, options.get("max_lora_rank", 0))
+    if together > -(-rank // LORA_BLOCK_RANK):
+        options["max_lora_blocks"] = max(together, config.max_lora_blocks or 0)
+    larger = {name: max(getattr(config, name) or 0, value) for name, value in options.items()}
+    return dataclasses.replace(config, **larger)
 
 
 def options_for(adapters: Iterable[LoRAModel]) -> dict[str, Any]:

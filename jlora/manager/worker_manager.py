@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +14,10 @@ import numpy as np
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError, AdapterInUseError
 from jlora.manager.blocks import Needs
+from jlora.manager.loader import AdapterLoader, same_words, source
 from jlora.manager.lora_model import BaseWeight, LoRAModel
 from jlora.manager.manager import LoRAModelManager
-from jlora.manager.mixture import Adapter, mix
-from jlora.manager.peft import (
-    PEFTHelper,
-    content_identity,
-    file_identity,
-    resolve_adapter_path,
-)
+from jlora.manager.mixture import Adapter
 from jlora.manager.weights import LoRALayerWeights
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
@@ -78,8 +70,7 @@ class WorkerLoRAManager:
             )
         self.modules, self.lora_config = modules, lora_config
         self.manager = LoRAModelManager(modules, lora_config)
-        self._base_weight, self._model_name = base_weight, model_name
-        self._warned: set[str] = set()
+        self._loader = AdapterLoader(modules, lora_config, base_weight, model_name)
         self._versions: dict[int, AdapterVersion] = {}
 
     # -- vLLM's interface ------------------------------------------------------------------
@@ -144,7 +135,7 @@ class WorkerLoRAManager:
             if request is None:
                 continue
             other = wanted.get(request.lora_int_id, request)
-            if _source(other) != _source(request):
+            if source(other) != source(request):
                 raise AdapterError(
                     f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
                     f"{other.lora_path} in the same step, not {request.lora_path}; use another id"
@@ -248,13 +239,13 @@ class WorkerLoRAManager:
     def _known(self, request: LoRARequest) -> AdapterVersion | None:
         """What the request's id stands for; raises AdapterError when that is something else."""
         known = self._versions.get(request.lora_int_id)
-        if known is None or request.load_inplace or _same(request, known.request):
+        if known is None or request.load_inplace or same_words(request, known.request):
             return known
-        source = _source(request)
-        if source != known.source:
+        named = source(request)
+        if named != known.source:
             raise AdapterError(
                 f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
-                f"{known.source}, not {source}; use another id, or remove_lora first"
+                f"{known.source}, not {named}; use another id, or remove_lora first"
             )
         return known
 
@@ -276,20 +267,13 @@ class WorkerLoRAManager:
         version = self._versions[adapter_id] if loaded is None else loaded[1]
         return version.needs
 
-    def _folder(self, request: LoRARequest, known: AdapterVersion | None) -> Path:
-        """Where the adapter lies; a Hub repository is not asked for what is known to be there."""
+    def _folder(self, request: LoRARequest, known: AdapterVersion | None) -> Path | None:
+        """Where its files are known to be; a Hub repository is not asked for what is there."""
         there = known.folder if known is not None and not request.load_inplace else None
-        if there is not None and there.is_dir():
-            return there
-        return resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
+        return there if there is not None and there.is_dir() else None
 
     def _identity_now(self, request: LoRARequest, known: AdapterVersion | None) -> str:
-        """The identity that the request's adapter would have if it were loaded now."""
-        if request.lora_tensors is not None:
-            return content_identity(request.lora_tensors, request.peft_config or {})
-        if request.components is not None:
-            return self._load(request)[0].identity
-        return file_identity(self._folder(request, known))
+        return self._loader.identity(request, self._folder(request, known))
 
     def _read(self, request: LoRARequest) -> _Loaded | None:
         """What is to be put on the host, None when what is there will do. Changes nothing."""
@@ -322,28 +306,12 @@ class WorkerLoRAManager:
         return True
 
     def _load(self, request: LoRARequest) -> _Loaded:
-        name, start = f"adapter {request.lora_name!r}", time.perf_counter()
-        try:
-            adapter, folder = self._adapter(request, name)
-            self._check_blocks(adapter, name)
-        except AdapterError as error:
-            logger.warning("refused %s", error)
-            raise
+        known = self._known(request)
+        adapter, folder = self._loader.load(request, self._folder(request, known), self._on_host)
         plain = adapter if isinstance(adapter, LoRAModel) else None
-        counts = plain.tensor_counts if plain is not None else {}
-        logger.info(
-            "loaded %s (id %d, rank %d, %.1f MB) in %.0f ms; tensors: %s",
-            name,
-            adapter.id,
-            adapter.rank,
-            adapter.nbytes / 1e6,
-            (time.perf_counter() - start) * 1e3,
-            ", ".join(f"{row} {count}" for row, count in counts.items())
-            or "those of its components",
-        )
         return adapter, AdapterVersion(
             request,
-            _source(request),
+            source(request),
             folder,
             adapter.identity,
             self.manager.needs(adapter),
@@ -351,75 +319,9 @@ class WorkerLoRAManager:
             plain.invocation_tokens if plain is not None else (),
         )
 
-    def _adapter(self, request: LoRARequest, name: str) -> tuple[Adapter, Path | None]:
-        """Reads it from where the request says: its components, memory, or a folder."""
-        adapter_id = request.lora_int_id
-        if request.components is not None:
-            parts = [(self._component(one, adapter_id), w) for one, w in request.components]
-            return mix(adapter_id, parts, request.combination_type, name), None
-        if request.lora_tensors is not None:
-            config = dict(request.peft_config or {})
-            identity = content_identity(request.lora_tensors, config)
-            lora = LoRAModel.from_lora_tensors(
-                adapter_id,
-                dict(request.lora_tensors),
-                PEFTHelper.from_dict(config, name),
-                self.modules,
-                self.lora_config,
-                name=name,
-                identity=identity,
-                base_weight=self._base_weight,
-            )
-            self._warn_of_base(config.get("base_model_name_or_path"), name)
-            return lora, None
-        folder = self._folder(request, self._known(request))
-        lora = LoRAModel.from_local_checkpoint(
-            folder,
-            adapter_id,
-            self.modules,
-            self.lora_config,
-            name,
-            base_weight=self._base_weight,
-        )
-        return lora, folder
-
-    def _component(self, request: LoRARequest, mixture_id: int) -> LoRAModel:
-        if request.lora_int_id == mixture_id:
-            raise AdapterError(
-                f"adapter {request.lora_name!r}: id {mixture_id} is the mixture's own id too"
-            )
-        known = self._known(request)
-        lora = self.manager.get_adapter(request.lora_int_id)
-        if known is None or lora is None:
-            lora = self._adapter(request, f"adapter {request.lora_name!r}")[0]
-        if not isinstance(lora, LoRAModel):
-            raise AdapterError(f"adapter {request.lora_name!r} is a mixture itself")
-        return lora
-
-    def _check_blocks(self, adapter: Adapter, name: str) -> None:
-        """Raises when the adapter takes more blocks of a row than a slot can list."""
-        limit, taken = self.lora_config.max_blocks, Counter[str]()
-        for needs in self.manager.needs(adapter).values():
-            taken.update(needs)
-        most = max(taken.values(), default=0)
-        if most > limit:
-            raise AdapterError(
-                f"{name}: it takes {most} rank blocks of 16 in a projection, a slot lists at most "
-                f"{limit}; max_lora_blocks={most} would take it"
-            )
-
-    def _warn_of_base(self, base: str | None, name: str) -> None:
-        """Says once of each name that it is not the model's."""
-        if base is None or self._model_name is None or base in self._warned:
-            return
-        if base != self._model_name and Path(base).name != Path(self._model_name).name:
-            self._warned.add(base)
-            logger.warning(
-                "%s was made for the base model %s; the one that is loaded is %s",
-                name,
-                base,
-                self._model_name,
-            )
+    def _on_host(self, request: LoRARequest) -> Adapter | None:
+        """What the request names, if it is on the host already."""
+        return self.manager.get_adapter(request.lora_int_id) if self._known(request) else None
 
 
 class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
@@ -427,26 +329,3 @@ class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
 
     def _forget_others(self, wanted: set[int]) -> None:
         pass
-
-
-def _same(one: LoRARequest, other: LoRARequest) -> bool:
-    """Whether they name the same in the same words."""
-    return (
-        one.lora_path == other.lora_path
-        and one.lora_tensors is other.lora_tensors
-        and one.components is other.components
-    )
-
-
-def _source(request: LoRARequest) -> str:
-    """What a request names, whatever the spelling."""
-    if request.components is not None:
-        parts = [
-            f"{weight!r} * {one.lora_int_id} ({_source(one)})" for one, weight in request.components
-        ]
-        return f"{request.combination_type} of {', '.join(parts)}"
-    if request.lora_tensors is not None:
-        identity = content_identity(request.lora_tensors, request.peft_config or {})
-        return f"tensors in memory ({identity.removeprefix('memory:')[:12]})"
-    path = os.path.expanduser(request.lora_path)
-    return os.path.realpath(path) if os.path.isdir(path) else request.lora_path

@@ -21,12 +21,11 @@ class BaseWeights:
         config: ModelConfig,
         model: str,
         revision: str | None,
-        loaded: LoadedModel,
-        dummy: bool,
+        made_up: LoadedModel | None = None,
     ) -> None:
-        """dummy: there is no checkpoint, the weights are those of `loaded`."""
+        """made_up: the weights themselves, when there is no checkpoint."""
         self._config, self._model, self._revision = config, model, revision
-        self._loaded, self._dummy = loaded, dummy
+        self._made_up = made_up
 
     def __call__(self, name: str) -> np.ndarray:
         """The tensor as it is in the checkpoint; lm_head.weight of a tied model is the embedding.
@@ -35,8 +34,8 @@ class BaseWeights:
         """
         if name == HEAD and self._config.tie_word_embeddings:
             name = EMBED
-        if self._dummy:
-            return self._from_device(name)
+        if self._made_up is not None:
+            return self._from_device(self._made_up, name)
         with safe_open(self._files[name], "numpy") as file:
             return file.get_tensor(name)
 
@@ -49,9 +48,9 @@ class BaseWeights:
                 found |= dict.fromkeys(file.keys(), path)
         return found
 
-    def _from_device(self, name: str) -> np.ndarray:
+    def _from_device(self, loaded: LoadedModel, name: str) -> np.ndarray:
         rows = {EMBED: "embed_tokens", HEAD: "lm_head"}
         if name not in rows:  # made-up biases are zero
             return np.zeros((), np.float32)
-        weight, _ = self._loaded.weight(rows[name], 0)
+        weight, _ = loaded.weight(rows[name], 0)
         return np.asarray(jax.device_get(weight))[: self._config.vocab_size]
