@@ -33,6 +33,11 @@ def test_write_kv(case):
     cases.check_write_kv(case, "xla")
 
 
+@pytest.mark.parametrize("case", cases.GROUPED_CASES, ids=by_id)
+def test_grouped_matmul(case):
+    cases.check_grouped(case, "xla")
+
+
 def test_what_an_adapter_holds_stays_with_its_tokens():
     """Infinity in one slot's block leaves the other tokens of the tile alone, to the bit."""
     rng = np.random.default_rng(0)
