@@ -13,6 +13,8 @@ from jlora.kernels import (
     attention_gpu,
     attention_tpu,
     grouped,
+    grouped_gpu,
+    grouped_tpu,
     lora,
     lora_gpu,
     lora_tpu,
@@ -132,6 +134,10 @@ def grouped_matmul(
     rows past the sum of the sizes are padding: they may hold anything, and their result is 0.
     """
     match _resolve(implementation):
+        case "gpu":
+            return grouped_gpu.grouped_matmul_gpu(x, w, group_sizes, interpret=interpret)
+        case "tpu":
+            return grouped_tpu.grouped_matmul_tpu(x, w, group_sizes, interpret=interpret)
         case _:
             return grouped.grouped_matmul_xla(x, w, group_sizes)
 

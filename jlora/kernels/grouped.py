@@ -20,7 +20,7 @@ from jlora.kernels.lora import dot_precision
 
 
 class RowTiles(NamedTuple):
-    """Rows `first[i] <= r < end[i]`, at most `tile` of them, of one expert; `real[0]` tiles are real.
+    """Rows `first[i] <= r < end[i]`, a tile's worth at most, of one expert, for i < `real[0]`.
 
     A tile starts where its group does or whole tiles after, so an expert whose group fits in one
     tile has one tile, wherever its rows lie.

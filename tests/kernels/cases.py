@@ -36,6 +36,7 @@ from tests.kernels.grouped_cases import (
     check_grouped,
     draw_grouped,
     grouped_call,
+    grouped_oracle,
 )
 from tests.kernels.lora_cases import (
     LORA_CASES,
@@ -85,6 +86,7 @@ __all__ = [
     "expand_call",
     "expand_oracle",
     "grouped_call",
+    "grouped_oracle",
     "lora_call",
     "padded_pages",
     "run",

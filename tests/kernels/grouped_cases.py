@@ -83,6 +83,6 @@ GROUPED_CASES = [
     GroupedCase("decode-64-experts", drawn_sizes(96, 64), 256, 384),
     GroupedCase("prefill-8-experts", drawn_sizes(700, 8), 256, 640, "float16", padding=11),
     GroupedCase("skewed", drawn_sizes(512, 32, 1.5), 384, 256, padding=64),
-    GroupedCase("decode-128-experts", drawn_sizes(256, 128), 512, 384),
+    GroupedCase("decode-128-experts", drawn_sizes(256, 128), 128, 192),
     GroupedCase("mixtral-slice", drawn_sizes(512, 8), 1792, 512, "float32"),
 ]
