@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.kernels import Implementation
 from jlora.model.adapters import TokenAdapters, expert_slots
 from jlora.model.layers import ACTIVATIONS, AXIS, LoRALinear, StepContext
 from jlora.projections import Projection
@@ -72,24 +71,6 @@ def combine(
     return jnp.sum(mine * weights[..., None], axis=1).astype(out.dtype)
 
 
-def _grouped_matmul(
-    x: Float[Array, "rows d_in"],
-    w: Float[Array, "experts d_in d_out"],
-    group_sizes: Int[Array, " experts"],
-    implementation: Implementation,
-) -> Float[Array, "rows d_out"]:
-    """x of each group times its expert's matrix; to be kernels.grouped_matmul."""
-    del implementation
-    y = jax.lax.ragged_dot(
-        x,
-        w,
-        group_sizes,
-        precision=kernels.dot_precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype)
-
-
 class ExpertLinear(nnx.Module):
     """An expert row of the projection table: a matrix for each expert."""
 
@@ -107,7 +88,9 @@ class ExpertLinear(nnx.Module):
         step: StepContext,
     ) -> Float[Array, "rows d_out"]:
         """x: the sorted rows. A row-parallel one gives this device's part of the sum."""
-        y = _grouped_matmul(x, self.weight[...], rows.group_sizes, step.implementation)
+        y = kernels.grouped_matmul(
+            x, self.weight[...], rows.group_sizes, implementation=step.implementation
+        )
         if rows.adapters is None:
             return y
         pool = rows.adapters.state.rows[self.name]
