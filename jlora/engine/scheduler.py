@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from jlora.engine.kv_pages import PageAllocator, page_hash, root_hash
+from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.sequence import Sequence, Status
 from jlora.manager import WorkerLoRAManager
 
@@ -164,9 +164,8 @@ class Scheduler:
             self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
 
     def _acquire_slot(self, sequence: Sequence) -> bool:
-        request = sequence.request.lora_request
+        request = sequence.lora_request
         if request is None or self.lora is None:
-            sequence.root = root_hash("", sequence.rope_length)
             return True
         try:
             slot = self.lora.acquire(request)
@@ -177,7 +176,7 @@ class Scheduler:
             return False
         sequence.slot = slot
         # Not earlier: its files may have changed while the request waited.
-        sequence.root = root_hash(self.lora.identity(request.lora_int_id), sequence.rope_length)
+        sequence.adapter_identity = self.lora.identity(request.lora_int_id)
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:
@@ -189,7 +188,7 @@ class Scheduler:
         """Gives a waiting sequence pages and a row; returns its first tokens, 0 for no room."""
         size, total = self.pages.page_size, len(sequence.tokens)
         limit = 0 if sequence.request.params.prompt_logprobs is not None else total - 1
-        known, hashes = self.pages.find(sequence.root, sequence.tokens, limit)
+        known, hashes = self.pages.find(sequence.prefix, sequence.tokens, limit)
         count = min(total - len(known) * size, budget)
         need = -(-(len(known) * size + count) // size) - len(known)
         if need > self.pages.num_free_without(known):
@@ -212,8 +211,8 @@ class Scheduler:
         size = self.pages.page_size
         full = min(sequence.num_computed, len(sequence.tokens)) // size
         for index in range(len(sequence.hashes), min(full, len(sequence.pages))):
-            parent = sequence.hashes[-1] if sequence.hashes else sequence.root
-            name = page_hash(parent, sequence.tokens[index * size : (index + 1) * size])
+            parent, start = sequence.hashes[-1] if sequence.hashes else None, index * size
+            name = sequence.prefix.page_hash(parent, start, sequence.tokens[start : start + size])
             sequence.hashes.append(name)
             self.pages.register(sequence.pages[index], name)
 

@@ -25,8 +25,8 @@ from jlora.request import MAX_LOGIT_BIAS
 PROMPT_LEN, SEED, TOP_K, NUM_BIAS = range(4)
 TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
 # Columns of the batch; the pages follow.
-ROW, Q_LEN, KV_LEN, SLOT, SAMPLE = range(5)
-PAGES = 5
+ROW, Q_LEN, KV_LEN, SLOT, ACTS_FROM, SAMPLE = range(6)
+PAGES = 6
 ADMIT_ROWS = 8  # sequences one call of `admit` takes
 FOREVER = 2**31 - 1
 
@@ -107,10 +107,17 @@ def pack_batch(plan: Plan, seqs: int, max_pages: int) -> np.ndarray:
             entry.count,
             entry.start + entry.count,
             sequence.slot,
+            sequence.acts_from or 0,
             entry.sample,
         )
         batch[index, PAGES : PAGES + len(sequence.pages)] = sequence.pages
     return batch
+
+
+def last_slots(batch: Int[Array, "seqs columns"]) -> Int[Array, " seqs"]:
+    """The adapter slot of each sequence's last token; `kernels.NO_ADAPTER` for none."""
+    acts = (batch[:, Q_LEN] > 0) & (batch[:, KV_LEN] > batch[:, ACTS_FROM])
+    return jnp.where(acts, batch[:, SLOT], kernels.NO_ADAPTER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +153,9 @@ def token_view(
         next_tokens=jnp.where(real, state.tokens[row, positions + 1], 0),
         positions=positions,
         rope_lengths=jnp.where(positions < prompt_len, prompt_len, positions + 1),
-        slots=jnp.where(real, batch[seq, SLOT], kernels.NO_ADAPTER),
+        slots=jnp.where(
+            real & (positions >= batch[seq, ACTS_FROM]), batch[seq, SLOT], kernels.NO_ADAPTER
+        ),
         destinations=jnp.where(real, page * page_size + positions % page_size, -1),
         cu_q_lens=cu_q_lens,
         num_seqs=jnp.sum(batch[:, Q_LEN] > 0, dtype=jnp.int32)[None],

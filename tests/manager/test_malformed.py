@@ -100,7 +100,7 @@ TENSORS = {
     "three axes": (put(B, ones(32, 4, 1)), [f"{Q0}.lora_B", "[32, 4, 1]", "expected [32, 4]"]),
     "no axis": (put(B, ones()), [f"{Q0}.lora_B", "[]", "expected [32, 4]"]),
     "an empty one": (put(A, ones(0, 24)), [f"{Q0}.lora_A", "[0, 24]", "expected [4, 24]"]),
-    "integers": (put(A, ones(4, 24, dtype=np.int32)), [f"{Q0}.lora_A", "int32", "float32"]),
+    "integers": (put(A, ones(4, 24, dtype=np.int32)), [f"{Q0}.lora_A", "I32", "float32"]),
     "float8": (put(A, ones(4, 24, dtype=ml_dtypes.float8_e4m3fn)), [A, "F8_E4M3", "float32"]),
     "NaN": (put(B, spoil(NAN)), [f"{Q0}.lora_B", "NaN or infinity"]),
     "infinity": (put(A, spoil(-INF, np.float16)), [f"{Q0}.lora_A", "NaN or infinity"]),
@@ -117,11 +117,11 @@ TENSORS = {
     ),
     "DoRA's magnitudes": (
         put(f"{BASE}{Q0}.lora_magnitude_vector.weight", ones(32)),
-        [f"{Q0}.lora_magnitude_vector", "lora_A.weight"],
+        [f"{Q0}.lora_magnitude_vector", "use_dora"],
     ),
     "embedding": (
         put(f"{BASE}model.embed_tokens.lora_embedding_A", ones(4, 50)),
-        ["model.embed_tokens.lora_embedding_A", "lora_A.weight"],
+        ["model.embed_tokens.lora_embedding_A", "target_modules"],
     ),
     "base layer": (put(f"{BASE}{Q0}.base_layer.weight", ones(32, 24)), [f"{Q0}.base_layer.weight"]),
     "module to save": (put(f"{BASE}lm_head.weight", ones(50, 24)), ["lm_head.weight"]),
@@ -222,10 +222,10 @@ def test_no_weights(worker, tmp_path):
     refused(worker, path, str(path), f"has no {WEIGHTS}")
 
 
-def test_pickled_weights_are_not_opened(worker, tmp_path):
+def test_pickled_weights_that_are_no_pickle(worker, tmp_path):
     path = write_adapter(tmp_path / "bad")
     (path / WEIGHTS).rename(path / "adapter_model.bin")
-    refused(worker, path, "adapter_model.bin is not supported", "safe_serialization=True")
+    refused(worker, path, "adapter_model.bin is not a readable file of tensors")
 
 
 def test_weights_that_are_a_folder(worker, tmp_path):
@@ -319,18 +319,27 @@ def test_text_of_the_configuration(text, part, worker, tmp_path):
         {"layers_pattern": 5, "layers_to_transform": 1},
         {"layers_pattern": "(", "layers_to_transform": 1},
         {"layers_pattern": "layers"},
-        {"bias": "all"},
-        {"bias": "lora_only"},
-        {"use_dora": True},
+        {"bias": "lora"},
+        {"use_dora": 1},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["classifier"]},
+        {"modules_to_save": "lm_head"},
         {"trainable_token_indices": [3]},
-        {"lora_bias": True},
+        {"trainable_token_indices": [3, 3]},
+        {"trainable_token_indices": [-1]},
+        {"trainable_token_indices": {"wte": [3]}},
+        {"lora_bias": "yes"},
+        {"task_type": "SEQ_CLS"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": ["gaussian"]},
         {"peft_type": "IA3"},
         {"peft_type": ["LORA"]},
         {"layer_replication": [[0, 1]]},
-        {"alora_invocation_tokens": [1]},
+        {"alora_invocation_tokens": [50]},
+        {"alora_invocation_tokens": ["1"]},
+        {"target_parameters": "experts.down_proj"},
+        {"ensure_weight_tying": "no"},
+        {"use_dora": True, "lora_bias": True},
         {"use_tensor_magic": True},
         {"scale_everything_by": 0},
     ],

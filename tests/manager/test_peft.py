@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from jlora.manager import PEFTHelper
-from jlora.manager.peft import pattern_key
+from jlora.manager.peft_config import pattern_key
 from jlora.projections import ModuleMap
 from tests.manager.adapters import make_config, model_config
 

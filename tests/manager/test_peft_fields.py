@@ -28,10 +28,22 @@ SERVED = {
     "layers_pattern": ([], (4, 2.0, True)),
 }
 
+# What an adapter may have beside plain LoRA, and is served: value -> attribute, what it becomes.
+BESIDE = {
+    "use_dora": (True, "use_dora", True),
+    "lora_bias": (True, "lora_bias", True),
+    "bias": ("all", "bias", "all"),
+    "modules_to_save": (["embed_tokens"], "saved_modules", ("model.embed_tokens",)),
+    "trainable_token_indices": ([5, 3], "token_ids", (("model.embed_tokens", (5, 3)),)),
+    "ensure_weight_tying": (True, "ensure_weight_tying", True),
+    "alora_invocation_tokens": ([1, 2], "invocation_tokens", (1, 2)),
+    "target_parameters": (["q_proj.weight"], "target_parameters", ("q_proj.weight",)),
+}
+
 # Leaves the mathematics alone, whatever the value (of training, of bookkeeping, of initialising).
 NEUTRAL = {
     "auto_mapping": {"base_model_class": "LlamaForCausalLM"},
-    "base_model_name_or_path": "some/model",
+    "base_model_name_or_path": "some/model",  # kept, see other_base_model
     "corda_config": {"corda_method": "kpm"},
     "eva_config": {"rho": 1.5},
     "fan_in_fan_out": True,
@@ -44,15 +56,12 @@ NEUTRAL = {
     "qalora_group_size": 8,
     "revision": "main",
     "runtime_config": {"ephemeral_gpu_offload": True},
-    "task_type": "CAUSAL_LM",
+    "velora_config": {"num_groups": 2},
 }
 
 # Changes the mathematics or the base weights, and is refused: all values to try.
 REFUSED = {
-    "alora_invocation_tokens": [[1, 2]],
     "arrow_config": [{"top_k": 2}, {}],
-    "bias": ["all", "lora_only"],
-    "ensure_weight_tying": [True],
     "init_lora_weights": [
         "pissa",
         "pissa_niter_4",
@@ -60,29 +69,23 @@ REFUSED = {
         "corda",
         "loftq",
         "lora_ga",
-        "mica",
         "unknown",
     ],
     "kasa_config": [{"beta": 1.0}, {}],
     "layer_replication": [[[0, 2], [1, 2]]],
-    "lora_bias": [True],
     "megatron_config": [{"tensor_model_parallel_size": 2}],
-    "modules_to_save": [["lm_head"], ["embed_tokens"]],
     "monteclora_config": [{"num_samples": 4}, {}],
     "peft_type": ["LOHA", "VERA", None],
-    "target_parameters": [["experts.gate_up_proj"]],
-    "trainable_token_indices": [[1, 2], {"embed_tokens": [3]}],
+    "task_type": ["SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"],
     "use_bdlora": [{"nblocks": 2}, {}, True],
-    "use_dora": [True],
     "use_qalora": [True],
-    "velora_config": [{"num_groups": 2}, {}],
 }
 
 FIELDS = {field.name: field for field in dataclasses.fields(LoraConfig)}
 
 
 def test_every_field_of_peft_is_decided():
-    decided = [*SERVED, *NEUTRAL, *REFUSED]
+    decided = [*SERVED, *BESIDE, *NEUTRAL, *REFUSED]
     assert len(decided) == len(set(decided))
     new = set(FIELDS) - set(decided)
     assert not new, f"decide whether these may change the served mathematics: {sorted(new)}"
@@ -93,6 +96,20 @@ def test_served(name):
     value, expected = SERVED[name]
     one = PEFTHelper.from_dict(make_config(**{name: value}))
     assert (one.rank(Q0), one.scaling(Q0), one.targets(Q0)) == expected
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_served_beside_lora(name):
+    value, attribute, expected = BESIDE[name]
+    one = PEFTHelper.from_dict(make_config(**{name: value}))
+    assert getattr(one, attribute) == expected != getattr(PLAIN, attribute)
+
+
+@pytest.mark.parametrize("value", [["classifier"], ["lm_head", "score"], ["norm"]])
+def test_only_the_vocabulary_can_be_saved_as_a_whole(value):
+    with pytest.raises(AdapterError, match="modules_to_save") as caught:
+        PEFTHelper.from_dict(make_config(modules_to_save=value))
+    assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
@@ -108,7 +125,7 @@ def test_refused_by_name(name, value):
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_keep_the_base_weights(value):
     assert PEFTHelper.from_dict(make_config(init_lora_weights=value)) == PLAIN
 

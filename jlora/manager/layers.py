@@ -1,0 +1,149 @@
+"""The low-rank adapter of one module, as PEFT saves it."""
+
+from __future__ import annotations
+
+import re
+
+from jlora.manager.peft_config import EMBED, HEAD
+from jlora.manager.tensors import Source, Tensor
+from jlora.manager.weights import LoRALayerWeights
+from jlora.projections import ModulePlace
+
+LORA_KINDS = (
+    "lora_A",
+    "lora_B",
+    "lora_B.bias",
+    "lora_magnitude_vector",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_velora_embed",
+)
+_OLD_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral, transformers 4
+
+
+def canonical(source: Source, module: str) -> str:
+    """The name of the table for a module that older checkpoints name otherwise."""
+    if source.modules.place(module) is not None:
+        return module
+    renamed = module.replace(".block_sparse_moe.", ".mlp.")
+    return re.sub(r"(?<=\.)w[123]$", lambda match: _OLD_NAMES[match[0]], renamed)
+
+
+def place_of(source: Source, tensor: Tensor) -> ModulePlace:
+    """Where a tensor's module lies; raises when the model has it not or it may not be touched."""
+    name = canonical(source, tensor.module)
+    place = source.modules.place(name)
+    if place is None:
+        rows = (*source.modules.projections, *source.modules.vocab_projections)
+        known = sorted({part.name for row in rows for part in row.parts})
+        source.fail(
+            f"tensor {tensor.key} is for module {tensor.module}, which the model has not or which "
+            f"cannot take an adapter; {', '.join(known)} can (layers 0 to "
+            f"{source.modules.num_layers - 1})"
+        )
+    check_allowed(source, name)
+    return place
+
+
+def check_allowed(source: Source, name: str) -> None:
+    """Raises for a module that the engine does not let adapters touch."""
+    allowed = source.config.target_modules
+    if allowed is not None and name.rsplit(".", 1)[-1] not in allowed:
+        source.fail(f"module {name} is not among the engine's target modules {list(allowed)}")
+
+
+def check_rank(source: Source, rank: int, name: str) -> int:
+    """Raises for a rank above the engine's limit."""
+    limit = source.config.max_lora_rank
+    if rank > limit:
+        source.fail(
+            f"rank {rank} of {name} is above max_lora_rank={limit}; {rank} or more would take it"
+        )
+    return rank
+
+
+def adapted_name(source: Source, tensor: Tensor) -> str:
+    """The name that the configuration's patterns match for the tensor's module."""
+    helper = source.helper
+    name = helper.adapted_name(tensor.module)
+    if name is None and tensor.module == HEAD and source.tied and helper.ensure_weight_tying:
+        name = HEAD if helper.targets(EMBED) else None
+    if name is None:
+        source.fail(
+            f"tensor {tensor.key} is for a module that target_modules={helper.target_modules!r} "
+            f"and target_parameters={list(helper.target_parameters)} of its configuration do not "
+            "name; PEFT would drop it"
+        )
+    return name
+
+
+def check_layer(source: Source, tensors: dict[str, Tensor], added: int) -> None:
+    """Raises for tensors of one module that are not an adapter of it. Reads nothing.
+
+    added: tokens beyond the base model's vocabulary.
+    """
+    place = place_of(source, next(iter(tensors.values())))
+    name = adapted_name(source, next(iter(tensors.values())))
+    module = next(iter(tensors.values())).module
+    if module == EMBED and name != EMBED:
+        source.fail(
+            f"target_parameters names {name}, which is not supported; put embed_tokens into "
+            "target_modules"
+        )
+    rank = check_rank(source, source.helper.rank(name), module)
+    shapes = _shapes(module, rank, place, added)
+    wanted = [kind for kind in shapes if kind.endswith(("_A", "_B"))]
+    wanted += ["lora_magnitude_vector"] * source.helper.use_dora
+    wanted += ["lora_B.bias"] * source.helper.lora_bias
+    for kind in wanted:
+        if kind not in tensors:
+            dot = ".weight" * (kind in ("lora_A", "lora_B"))
+            source.fail(f"module {module} has no {kind}{dot}")
+    for kind, tensor in tensors.items():
+        if kind == "lora_velora_embed":
+            continue
+        if kind not in wanted:
+            switch = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}.get(kind)
+            why = f"{switch} of its configuration is off" if switch else f"expected {wanted}"
+            source.fail(f"tensor {tensor.key} does not belong to an adapter of {module}: {why}")
+        source.check(
+            tensor,
+            shapes[kind],
+            f"rank {rank} by its configuration, {place.d_in} in and {place.d_out} out by the model",
+        )
+
+
+def _shapes(module: str, rank: int, place: ModulePlace, added: int) -> dict[str, tuple[int, ...]]:
+    d_in, d_out = place.d_in, place.d_out
+    if module == EMBED:
+        return {
+            "lora_embedding_A": (rank, d_in + added),
+            "lora_embedding_B": (d_out, rank),
+            "lora_magnitude_vector": (d_out,),
+        }
+    d_out += added * (module == HEAD)
+    return {
+        "lora_A": (rank, d_in),
+        "lora_B": (d_out, rank),
+        "lora_B.bias": (d_out,),
+        "lora_magnitude_vector": (d_out,),
+    }
+
+
+def read_layer(source: Source, tensors: dict[str, Tensor]) -> LoRALayerWeights:
+    """The adapter of a module that `check_layer` has passed."""
+    first = next(iter(tensors.values()))
+    name, helper = adapted_name(source, first), source.helper
+    scale = helper.scaling(name)
+    prefix = "lora_embedding" if first.module == EMBED else "lora"
+    bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
+    return LoRALayerWeights(
+        canonical(source, first.module),
+        helper.rank(name),
+        helper.alpha(name),
+        source.read(tensors[f"{prefix}_A"]),
+        source.read(tensors[f"{prefix}_B"], abs(scale)),
+        scale,
+        bias=None if bias is None else source.read(bias, abs(scale)),
+        magnitude=None if magnitude is None else source.read(magnitude),
+    )

@@ -1,0 +1,161 @@
+"""From the tensors of a file to the parts of an adapter; every tensor has a place or is refused."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.manager.experts import Fused, check_fused, fused, read_fused
+from jlora.manager.layers import (
+    LORA_KINDS,
+    canonical,
+    check_allowed,
+    check_layer,
+    place_of,
+    read_layer,
+)
+from jlora.manager.peft import TensorLike
+from jlora.manager.peft_config import EMBED, HEAD
+from jlora.manager.tensors import Modules, Source, Tensor, by_module
+from jlora.manager.vocabulary import VOCAB_KINDS, VocabularyReader
+from jlora.manager.weights import LoRALayerWeights, VocabRows
+
+_MATCHING_SECONDS = 20  # for all patterns of a configuration on all modules of a file
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter file holds; see LoRAModel."""
+
+    loras: dict[str, LoRALayerWeights]
+    biases: dict[str, np.ndarray]
+    vocab_rows: dict[str, VocabRows]
+    added_tokens: int
+    tensor_counts: dict[str, int]
+
+
+def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
+    """Checks names, shapes and dtypes of all tensors, and then reads them."""
+    modules = by_module(tensors, source.adapter)
+    vocabulary = VocabularyReader(source, modules)
+    groups = _groups(source, modules)
+    start = time.monotonic()
+    for layer in groups.layers:
+        check_layer(source, layer, vocabulary.added)
+        if time.monotonic() - start > _MATCHING_SECONDS:
+            source.fail(
+                f"the patterns of its configuration take more than {_MATCHING_SECONDS} s to match"
+            )
+    for array, layer in groups.fused:
+        check_fused(source, array, layer)
+    for tensor in groups.biases:
+        _check_bias(source, tensor)
+    vocabulary.check()
+    loras: dict[str, LoRALayerWeights] = {}
+    read = [read_layer(source, layer) for layer in groups.layers]
+    for array, layer in groups.fused:
+        read += read_fused(source, array, layer)
+    for one in read:
+        if one.module_name in loras:
+            source.fail(f"module {one.module_name} is there under two names")
+        loras[one.module_name] = one
+    _tie(source, loras)
+    rows = vocabulary.read()
+    _refuse_combinations(source, loras, rows)
+    biases = {canonical(source, bias.module): source.read(bias) for bias in groups.biases}
+    return Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
+
+
+@dataclass
+class _Groups:
+    layers: list[dict[str, Tensor]]
+    fused: list[tuple[Fused, dict[str, Tensor]]]
+    biases: list[Tensor]
+    counts: Counter[str]
+
+
+def _groups(source: Source, modules: Modules) -> _Groups:
+    """Which tensors are of low-rank adapters, and which are biases; counts every tensor."""
+    groups = _Groups([], [], [], Counter())
+    for module, tensors in modules.items():
+        array = fused(source, next(iter(tensors.values())))
+        if array is not None:
+            groups.fused.append((array, tensors))
+            groups.counts[array.row] += len(tensors)
+            continue
+        layer = {kind: one for kind, one in tensors.items() if kind in LORA_KINDS}
+        for kind, tensor in tensors.items():
+            row = place_of(source, tensor).projection
+            is_bias = kind in ("bias", "base_layer.bias")
+            if is_bias:
+                groups.biases.append(tensor)
+            elif kind in VOCAB_KINDS and module not in (EMBED, HEAD):
+                source.fail(
+                    f"tensor {tensor.key} is not supported: whole weights only of embed_tokens "
+                    "and lm_head"
+                )
+            groups.counts["bias" if is_bias else row.name] += 1
+        if layer:
+            groups.layers.append(layer)
+    return groups
+
+
+def _check_bias(source: Source, tensor: Tensor) -> None:
+    """A bias that the module has instead of the base's."""
+    place, helper = place_of(source, tensor), source.helper
+    if not place.projection.parts[place.part].bias:
+        source.fail(f"tensor {tensor.key} is a bias, but {tensor.module} has none in the model")
+    targeted = helper.adapted_name(tensor.module) is not None
+    if targeted != (tensor.kind == "base_layer.bias") or helper.bias == "none":
+        source.fail(
+            f"tensor {tensor.key} does not fit bias={helper.bias!r} of its configuration; PEFT "
+            "saves <module>.base_layer.bias of modules with an adapter ('lora_only', 'all'), and "
+            "<module>.bias of others ('all')"
+        )
+    if not targeted and helper.bias != "all":
+        source.fail(f"tensor {tensor.key} is of a module without an adapter, but bias is not 'all'")
+    source.check(tensor, (place.d_out,), f"{place.d_out} out by the model")
+
+
+def _tie(source: Source, loras: dict[str, LoRALayerWeights]) -> None:
+    """With ensure_weight_tying the head of a tied model has the embedding's adapter, transposed."""
+    if not (source.tied and source.helper.ensure_weight_tying and EMBED in loras):
+        return
+    embed, head = loras[EMBED], loras.get(HEAD)
+    if source.helper.use_dora and head is None:
+        source.fail("lm_head has no lora_magnitude_vector")
+    a, b = embed.lora_b.T, embed.lora_a.T
+    if head is not None and not (np.array_equal(head.lora_a, a) and np.array_equal(head.lora_b, b)):
+        source.fail(
+            "lora_A and lora_B of lm_head are not those of embed_tokens, transposed, which "
+            "ensure_weight_tying demands of a tied model"
+        )
+    if head is None:
+        check_allowed(source, HEAD)
+        helper = source.helper
+        loras[HEAD] = LoRALayerWeights(
+            HEAD, embed.rank, helper.alpha(HEAD), a, b, helper.scaling(HEAD)
+        )
+
+
+def _refuse_combinations(
+    source: Source, loras: dict[str, LoRALayerWeights], rows: dict[str, VocabRows]
+) -> None:
+    if source.helper.invocation_tokens:
+        if EMBED in loras:
+            source.fail("alora_invocation_tokens exclude an adapter of embed_tokens, as in PEFT")
+        vocab = source.modules.config.vocab_size
+        for token in source.helper.invocation_tokens:
+            if token >= vocab:
+                source.fail(f"alora_invocation_tokens hold {token}, expected less than {vocab}")
+    for module in (EMBED, HEAD):
+        layer = loras.get(module)
+        changed = module.rsplit(".", 1)[-1] in rows
+        if layer is not None and layer.magnitude is not None and changed:
+            source.fail(
+                f"DoRA of {module} beside rows of {module} that are not the base's is not supported"
+            )

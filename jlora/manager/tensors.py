@@ -1,0 +1,171 @@
+"""Tensors of an adapter file: what each is by its name, and reading it once it fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from jlora.config import LoRAConfig
+from jlora.errors import AdapterError
+from jlora.manager.peft import TensorLike
+from jlora.manager.peft_config import PEFTHelper
+from jlora.projections import ModuleMap
+
+_FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
+_CHUNK = 1 << 26  # bytes that a comparison holds at a time
+
+# What may follow the module's name, and what it is. The first that fits is meant.
+_KINDS = {
+    r"\.lora_A\.weight": "lora_A",
+    r"\.lora_B\.weight": "lora_B",
+    r"\.lora_B\.bias": "lora_B.bias",
+    r"\.lora_magnitude_vector(\.weight)?": "lora_magnitude_vector",
+    r"\.lora_embedding_A": "lora_embedding_A",
+    r"\.lora_embedding_B": "lora_embedding_B",
+    r"\.lora_velora_embed": "lora_velora_embed",  # used in training only
+    r"\.token_adapter\.trainable_tokens_delta": "trainable_tokens_delta",
+    r"\.token_adapter\.base_layer\.weight": "token_adapter.base_layer",
+    r"\.base_layer\.weight": "base_layer",
+    r"\.original_module\.weight": "original_module",
+    r"\.modules_to_save\.weight": "modules_to_save",
+    r"\.base_layer\.bias": "base_layer.bias",
+    r"\.weight": "weight",
+    r"\.bias": "bias",
+}
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?:"
+    + "|".join(f"(?P<k{index}>{suffix})" for index, suffix in enumerate(_KINDS))
+    + ")"
+)
+_IN_MEMORY = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_velora_embed|"
+    r"trainable_tokens_delta|modules_to_save)\.(?!weight$|bias$)[^.]+(\.weight|\.bias|)$"
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file. key: its name there. module: without PEFT's prefix."""
+
+    key: str
+    module: str
+    kind: str
+    data: TensorLike
+
+
+Modules = dict[str, dict[str, Tensor]]  # module -> kind -> tensor
+
+
+def without_adapter_name(key: str) -> str:
+    """PEFT's name in memory ("...lora_A.default.weight") as the one in a file."""
+    key = _IN_MEMORY.sub(r".\1\2", key)
+    return re.sub(r"\.modules_to_save\.weight$", ".weight", key)
+
+
+def by_module(tensors: Mapping[str, TensorLike], adapter: str) -> Modules:
+    """The tensors of each module. Raises for a name that is not understood, or there twice."""
+    modules: Modules = {}
+    for key, data in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterError(
+                f"{adapter}: tensor {key[:300]!r} is not supported; expected "
+                "<module>.lora_A.weight, <module>.lora_B.weight, or what else PEFT saves"
+            )
+        kinds = tuple(_KINDS.values())
+        kind = next(kinds[index] for index in range(len(kinds)) if match[f"k{index}"])
+        tensor = Tensor(key, match["module"], kind, data)
+        other = modules.setdefault(tensor.module, {}).setdefault(kind, tensor)
+        if other is not tensor:
+            raise AdapterError(f"{adapter}: tensor {other.key} is there twice, as {key} too")
+    if not modules:
+        raise AdapterError(f"{adapter}: the file holds no tensors")
+    return modules
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read, and what it is checked against. adapter: its name, for messages.
+
+    base_weight: a tensor of the base model by its name, as the checkpoint has it.
+    """
+
+    adapter: str
+    helper: PEFTHelper
+    modules: ModuleMap
+    config: LoRAConfig
+    base_weight: Callable[[str], np.ndarray] | None = None
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises an AdapterError with the adapter's name."""
+        raise AdapterError(f"{self.adapter}: {message}")
+
+    @property
+    def tied(self) -> bool:
+        """Whether lm_head is the embedding of the base model."""
+        return self.modules.config.tie_word_embeddings
+
+    def check(self, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+        """Raises for another shape, or a dtype that is not served. Reads nothing."""
+        if tuple(tensor.data.shape) != shape:
+            self.fail(
+                f"tensor {tensor.key} has shape {list(tensor.data.shape)}, expected {list(shape)} "
+                f"({why})"
+            )
+        self.check_dtype(tensor)
+
+    def check_dtype(self, tensor: Tensor) -> None:
+        """Raises for a dtype that is not served."""
+        if tensor.data.dtype not in _FLOATS:
+            self.fail(
+                f"tensor {tensor.key} is {tensor.data.dtype}, expected a floating point dtype "
+                "(float32, float16 or bfloat16)"
+            )
+
+    def read(self, tensor: Tensor, scale: float = 1.0) -> np.ndarray:
+        """The array, float64 as float32. Raises for numbers that the device cannot hold."""
+        return self.narrowed(tensor, np.asarray(tensor.data[...]), scale)
+
+    def narrowed(self, tensor: Tensor, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
+        """Rows of a tensor that have been read, checked as `read` does."""
+        largest, limit = _largest(array), _limit(self.config.lora_dtype)
+        # `not <=`, so that NaN does not pass.
+        if not self.config.allow_nonfinite_loras and not max(largest, largest * scale) <= limit:
+            self.fail(
+                f"tensor {tensor.key} holds {largest:g}, which times the scale {scale:g} is not a "
+                f"finite {_pool_dtype(self.config)} number (NaN or infinity, or above {limit:g})"
+            )
+        return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+def chunks(rows: int, row_bytes: int) -> list[slice]:
+    """Rows in pieces small enough to be held at once."""
+    step = max(_CHUNK // max(row_bytes, 1), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _pool_dtype(config: LoRAConfig) -> str:
+    return "float32" if config.lora_dtype == "auto" else config.lora_dtype
+
+
+def _limit(dtype: str) -> float:
+    """The largest number of the adapter pool."""
+    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype, np.float32)
+    return float(ml_dtypes.finfo(kind).max)
+
+
+def _largest(tensor: np.ndarray) -> float:
+    """The largest magnitude; NaN or infinity when there is one."""
+    if tensor.size == 0:
+        return 0.0
+    if tensor.dtype == np.float64:
+        return float(np.abs(tensor).max())
+    # The bits without the sign are ordered as the magnitudes are, and integers compare fast.
+    unsigned = np.dtype(f"u{tensor.dtype.itemsize}")
+    bits = (tensor.view(unsigned) & np.iinfo(unsigned).max // 2).max()
+    return float(bits.reshape(1).view(tensor.dtype)[0])
