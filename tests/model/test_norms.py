@@ -53,9 +53,9 @@ def test_a_norm_over_heads_that_lie_on_two_devices():
         return RMSNorm(x.shape[-1], config, sharded=True)(x)
 
     both = jax.shard_map(local, mesh=mesh, in_specs=divided, out_specs=divided, check_vma=False)
-    x = rng.normal(size=(5, WIDTH)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(5, WIDTH)), jnp.float32)
     np.testing.assert_allclose(both(x), whole(x), atol=1e-6)
-    copied = both(np.concatenate([x, x], axis=1))
+    copied = both(jnp.concatenate([x, x], axis=1))
     np.testing.assert_allclose(copied[:, :WIDTH], whole(x), atol=1e-6)
 
 
