@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jlora.request import LoRARequest
 
 LORA_BLOCK_RANK = 16  # fills one bf16 tile of a TPU, the least width of a GPU's matrix unit
 DTYPES = ("float32", "bfloat16", "float16")
@@ -195,6 +199,7 @@ class ModelConfig:
     qk_norm: bool = False
     qk_norm_whole: bool = False  # with qk_norm: over all heads together, not over each
     clip_qkv: float | None = None  # q, k and v lie between minus and plus this
+    rope_restarts: bool = False  # what outgrows the short rotations starts over, all by the long
     rope_in_float32: bool = False  # turns q and k before they are cast to dtype, not after
     sliding_rope: RopeConfig | None = None  # of the layers with a window, when not `rope`
     sliding_windows: tuple[int | None, ...] = ()  # a layer; None: full attention
@@ -211,11 +216,22 @@ class ModelConfig:
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    extra_vocab_size: int = 0  # tokens that adapters may add
+
+    @property
+    def total_vocab(self) -> int:
+        """The vocabulary with what adapters may add to it."""
+        return self.vocab_size + self.extra_vocab_size
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotations: of all layers, or of full and of sliding ones."""
         return (self.rope,) if self.sliding_rope is None else (self.rope, self.sliding_rope)
+
+    @property
+    def restarts_above(self) -> int | None:
+        """Sequences that grow longer than this are computed anew."""
+        return self.rope.length_dependent_from if self.rope_restarts else None
 
 
 @dataclass
@@ -224,7 +240,8 @@ class EngineArgs:
 
     The sizes left None are chosen when the engine starts: max_model_len by the model,
     max_num_batched_tokens 2048, block_size 32, the KV cache by the memory that is left
-    (kv_cache_memory_bytes sets it directly, the way of a CPU).
+    (kv_cache_memory_bytes sets it directly, the way of a CPU). lora_modules: adapters that are
+    loaded at the start; what they need is reserved besides what the other options say.
     """
 
     model: str
@@ -262,6 +279,7 @@ class EngineArgs:
     lora_extra_vocab_size: int = 0
     lora_expert_blocks: int = 0
     allow_nonfinite_loras: bool = False
+    lora_modules: Sequence[LoRARequest] | None = None
     fully_sharded_loras: bool = False
     quantization: str | None = None
     kernel_implementation: str | None = None
@@ -298,6 +316,8 @@ class EngineArgs:
             raise ValueError(f"gpu_memory_utilization={share!r} must be above 0, at most 1")
         resolve_dtype(self.dtype, "dtype", auto="auto")
         self._lora_limits()
+        if self.lora_modules is not None and not self.enable_lora:
+            raise ValueError("lora_modules needs enable_lora=True")
 
     def lora_config(self) -> LoRAConfig | None:
         """The adapter limits, or None when LoRA is off."""

@@ -73,13 +73,14 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations: one, or a list, of lists of {"role": ..., "content": ...}."""
-        tokenizer = self.get_tokenizer()
-        if tokenizer is None:
+        if self.get_tokenizer() is None:
             raise ValueError("chat needs a tokeniser, but skip_tokenizer_init=True")
         if messages and isinstance(messages[0], dict):
             messages = [messages]
+        adapters = _one_each("lora_request", lora_request, len(messages))
+        engine = self.llm_engine
         prompts = [
-            tokenizer.apply_chat_template(
+            engine.get_tokenizer(adapter).apply_chat_template(
                 conversation,
                 tokenize=False,
                 chat_template=chat_template,
@@ -87,9 +88,9 @@ class LLM:
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in messages
+            for conversation, adapter in zip(messages, adapters, strict=True)
         ]
-        return self._run(prompts, sampling_params, lora_request, use_tqdm, False)
+        return self._run(prompts, sampling_params, adapters, use_tqdm, False)
 
     def _run(
         self, prompts: list, sampling_params: Any, lora_request: Any, use_tqdm: bool, special: bool

@@ -7,6 +7,7 @@ the adapter pool, and the sharding. Widths here are those of Hugging Face; `colu
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Literal
 
@@ -171,13 +172,30 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
 EMBED, HEAD = "embed_tokens", "lm_head"
 
 
-def vocab_projections(config: ModelConfig) -> tuple[Projection, Projection]:
+def vocab_projections(config: ModelConfig, vocab: int) -> tuple[Projection, Projection]:
     """The two of the vocabulary: embed_tokens, lm_head. (Base weights lie apart from the table.)"""
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden = config.hidden_size
     return (
         Projection(EMBED, "model", (_part(EMBED, hidden, 1),), vocab, "none", per_layer=False),
         Projection(HEAD, "", (_part(HEAD, vocab, vocab),), hidden, "out", per_layer=False),
     )
+
+
+class Feature(enum.IntEnum):
+    """Columns of the feature table.
+
+    MAGNITUDE, BIAS, EMBED_ROWS, HEAD_ROWS: the slot whose arrays hold it, `max_loras` (where
+    they hold what changes nothing) when the adapter has none. FULL_EMBED, FULL_HEAD: which of the
+    full matrices, -1 for none. ADDED: how many tokens the adapter adds to the vocabulary.
+    """
+
+    MAGNITUDE = 0
+    BIAS = 1
+    EMBED_ROWS = 2
+    HEAD_ROWS = 3
+    FULL_EMBED = 4
+    FULL_HEAD = 5
+    ADDED = 6
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:
@@ -227,7 +245,9 @@ class ModuleMap:
     def __init__(self, config: ModelConfig) -> None:
         self.config, self.num_layers = config, config.num_layers
         self.projections = projection_table(config)
-        self.vocab_projections = vocab_projections(config)
+        self.vocab_projections = vocab_projections(config, config.vocab_size)
+        # As the adapter pool has them: with the tokens that adapters may add.
+        self.wide_vocab_projections = vocab_projections(config, config.total_vocab)
         # Exact names only: "layers.01" is not another spelling of a layer.
         self._places = {
             self.name(row, part, layer, expert): ModulePlace(row, part, layer, expert)

@@ -15,13 +15,22 @@ _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what int32 and float32 on th
 MAX_LOGIT_BIAS = 1024  # entries a request, min_tokens' stop tokens included
 
 
+COMBINATION_TYPES = ("cat", "linear")
+
+
 @dataclass(frozen=True)
 class LoRARequest:
     """The adapter of a request.
 
     lora_int_id: from 1, names the adapter in an engine. lora_path: a folder, or a Hub repository.
     The same id with the same path is the same adapter under any lora_name. load_inplace: replace
-    what the id holds by what lora_path holds now.
+    what the id holds by what the request holds now. base_model_name: the model it is for; another
+    one than the engine's is warned of.
+
+    Instead of a path, an adapter may be in memory: lora_tensors, arrays by the names that PEFT
+    gives them, and peft_config, what adapter_config.json would hold. Or it may be a mixture:
+    components, (LoRARequest, weight) pairs that act together; combination_type says how, as in
+    PEFT's add_weighted_adapter: "cat" is the weighted sum of all, "linear" sums A and B apart.
     """
 
     lora_name: str
@@ -29,7 +38,10 @@ class LoRARequest:
     lora_path: str = ""
     base_model_name: str | None = None
     load_inplace: bool = False
-    components: None = None
+    components: Sequence[tuple[LoRARequest, float]] | None = None
+    combination_type: str = "cat"
+    lora_tensors: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    peft_config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         number = self.lora_int_id
@@ -37,14 +49,39 @@ class LoRARequest:
             raise ValueError(f"lora_int_id must be an integer from 1, not {number!r}")
         if not self.lora_name or not isinstance(self.lora_name, str):
             raise ValueError(f"lora_name must be a name, not {self.lora_name!r}")
-        if self.components is not None:
-            raise NotImplementedError("LoRARequest(components=...) is not supported yet")
-        if not isinstance(self.lora_path, str) or not self.lora_path:
+        name = f"adapter {self.lora_name!r}"
+        if not isinstance(self.lora_path, str):
             raise ValueError(
-                f"adapter {self.lora_name!r}: lora_path must be the name of a folder or of a Hub "
-                f"repository, a string, not {self.lora_path!r}"
+                f"{name}: lora_path must be the name of a folder or of a Hub repository, a string, "
+                f"not {self.lora_path!r}"
             )
-        require_bool(f"adapter {self.lora_name!r}: load_inplace", self.load_inplace)
+        given = [bool(self.lora_path), self.components is not None, self.lora_tensors is not None]
+        if sum(given) != 1:
+            raise ValueError(
+                f"{name}: give one of lora_path (the name of a folder or of a Hub repository), "
+                f"components and lora_tensors, not {sum(given) or 'none'}; lora_path is "
+                f"{self.lora_path!r}"
+            )
+        require_bool(f"{name}: load_inplace", self.load_inplace)
+        if self.base_model_name is not None and not isinstance(self.base_model_name, str):
+            raise ValueError(f"{name}: base_model_name={self.base_model_name!r} must be a string")
+        for option, value in (
+            ("lora_tensors", self.lora_tensors),
+            ("peft_config", self.peft_config),
+        ):
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{name}: {option} must be a dictionary, not {type(value).__name__}"
+                )
+        if (self.lora_tensors is None) != (self.peft_config is None):
+            raise ValueError(f"{name}: lora_tensors and peft_config belong together")
+        if self.combination_type not in COMBINATION_TYPES:
+            raise ValueError(
+                f"{name}: combination_type={self.combination_type!r} is not supported; use one of "
+                f"{', '.join(COMBINATION_TYPES)}"
+            )
+        if self.components is not None:
+            object.__setattr__(self, "components", _components(self.components, name))
 
     @property
     def adapter_id(self) -> int:
@@ -60,6 +97,33 @@ class LoRARequest:
     def path(self) -> str:
         """vLLM's other name of lora_path."""
         return self.lora_path
+
+
+def _components(components: Any, name: str) -> tuple[tuple[LoRARequest, float], ...]:
+    """The components of a mixture, checked."""
+    if not isinstance(components, Sequence) or not components:
+        raise ValueError(f"{name}: components must be a list of (LoRARequest, weight) pairs")
+    ids: set[int] = set()
+    for one in components:
+        if not isinstance(one, Sequence) or len(one) != 2 or not isinstance(one[0], LoRARequest):
+            raise ValueError(
+                f"{name}: a component must be a (LoRARequest, weight) pair, not {one!r}"
+            )
+        request, weight = one
+        if request.components is not None:
+            raise ValueError(f"{name}: component {request.lora_name!r} is a mixture itself")
+        if request.load_inplace:
+            raise ValueError(
+                f"{name}: component {request.lora_name!r} has load_inplace=True; reload it by "
+                "itself first"
+            )
+        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+        if not number or not abs(weight) <= _LARGEST_FLOAT:
+            raise ValueError(f"{name}: a weight must be a finite number, not {weight!r}")
+        if request.lora_int_id in ids:
+            raise ValueError(f"{name}: component id {request.lora_int_id} comes twice")
+        ids.add(request.lora_int_id)
+    return tuple((request, float(weight)) for request, weight in components)
 
 
 class RequestOutputKind(enum.Enum):

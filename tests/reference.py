@@ -87,11 +87,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,  # tied, and scaled, it would repeat its last token
         },
     ),
     "gemma3": (
         "gemma3_text",
         {
+            "initializer_range": 0.05,  # as tied embeddings are scaled, its last token wins else
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 24,
@@ -105,7 +107,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "phi3",
         {**rope("default", partial_rotary_factor=0.75), **PHI, "sliding_window": 24},
     ),
-    "phi3-longrope": ("phi3", {**PHI_LONGROPE, **PHI}),
+    "phi3-longrope": ("phi3", {**PHI_LONGROPE, **PHI, "original_max_position_embeddings": 96}),
     "granite": (
         "granite",
         {
@@ -152,8 +154,8 @@ def make_model(family: str, folder: Path, seed: int = 0, **changes) -> torch.nn.
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
-            elif "norm" in name:  # Gemma's multiply by 1 + weight
-                parameter.normal_(0 if model_type.startswith("gemma") else 1, 0.1)
+            elif "norm" in name:  # Gemma's multiply by 1 + weight, so by about 2
+                parameter.normal_(1, 0.1)
     model.save_pretrained(folder, max_shard_size="60KB")
     return model
 
@@ -205,48 +207,152 @@ def adapter_kinds(rank_limit: int = 64, family: str = "llama3") -> dict[str, dic
     return json.loads(names.sub(lambda match: renamed[match[0]], json.dumps(kinds)))
 
 
+INVOCATION = [7, 8]  # of activated LoRAs
+TOKENS, ADDED = [5, 40, 99], 3
+
+
+def special_kinds(family: str) -> dict[str, dict]:
+    """LoraConfig arguments of what only some adapters have; `added` resizes the vocabulary first.
+
+    Of everything that PEFT can make for the family.
+    """
+    model_type, differences = FAMILIES[family]
+    fused, moe = model_type == "phi3", "num_experts_per_tok" in differences
+    q, v = ("qkv_proj",) * 2 if fused else ("q_proj", "v_proj")
+    last = "o_proj" if moe else "down_proj"
+    some = list(dict.fromkeys([q, v, last]))
+    kinds = {
+        "dora": {"r": 8, "target_modules": [*some, "o_proj"], "use_dora": True},
+        "dora-patterns": {
+            "r": 4,
+            "target_modules": [q, "o_proj"],
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.*o_proj": 18},
+        },
+        "dora-vocabulary": {
+            "r": 5,
+            "target_modules": ["embed_tokens", "lm_head"],
+            "use_dora": True,
+        },
+        "lora-bias": {"r": 6, "target_modules": [*some, "lm_head"], "lora_bias": True},
+        "embed": {"r": 7, "target_modules": ["embed_tokens", v]},
+        "head": {"r": 20, "target_modules": ["lm_head", "o_proj"]},
+        "saved-head": {"r": 2, "target_modules": [q], "modules_to_save": ["lm_head"]},
+        "saved-both": {
+            "r": 2,
+            "target_modules": [last],
+            "modules_to_save": ["embed_tokens", "lm_head"],
+        },
+        "tokens": {"r": 3, "target_modules": [v], "trainable_token_indices": TOKENS},
+        "tokens-apart": {
+            "r": 3,
+            "target_modules": ["o_proj"],
+            "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [4, 41]},
+        },
+        "added": {"r": 4, "target_modules": [v], "added": ADDED},
+        "added-targeted": {"r": 4, "target_modules": ["embed_tokens", "lm_head"], "added": ADDED},
+        "activated": {
+            "r": 8,
+            "target_modules": some,
+            "alora_invocation_tokens": INVOCATION,
+            "task_type": "CAUSAL_LM",
+        },
+    }
+    if tied(family):
+        both = {"ensure_weight_tying": True}
+        kinds["tied-embed"] = {"r": 4, "target_modules": ["embed_tokens", q], **both}
+        kinds["tied-saved"] = {
+            "r": 4,
+            "target_modules": [q],
+            "modules_to_save": ["embed_tokens"],
+            **both,
+        }
+    if biased(family):
+        kinds["bias-all"] = {"r": 3, "target_modules": [v], "bias": "all"}
+        kinds["bias-own"] = {"r": 3, "target_modules": [q, "o_proj"], "bias": "lora_only"}
+        kinds["bias-dora"] = {"r": 3, "target_modules": [q], "bias": "all", "use_dora": True}
+    if moe:
+        where = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        kinds["experts"] = {"r": 3, "target_modules": [q], "target_parameters": where}
+        kinds["experts-up"] = {"r": 18, "target_modules": [v], "target_parameters": where[:1]}
+        kinds["experts-down"] = {"r": 5, "target_modules": [], "target_parameters": where[1:]}
+        kinds["router"] = {"r": 2, "target_modules": [], "target_parameters": ["mlp.gate.weight"]}
+    return kinds
+
+
+def tied(family: str) -> bool:
+    """Whether the head is the embedding."""
+    model_type, differences = FAMILIES[family]
+    return differences.get("tie_word_embeddings", model_type.startswith("gemma"))
+
+
+def biased(family: str) -> bool:
+    """Whether some projections have biases."""
+    model_type, differences = FAMILIES[family]
+    return model_type == "qwen2" or differences.get("attention_bias", False)
+
+
+def load_base(model_folder: Path, added: int = 0) -> transformers.PreTrainedModel:
+    """The base model in float32; added: tokens that its vocabulary is enlarged by."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float().eval()
+    if added:
+        base.resize_token_embeddings(base.config.vocab_size + added, mean_resizing=False)
+    return base
+
+
 def make_adapter(
-    model_folder: Path, folder: Path, seed: int = 0, size: float = 0.25, **kind
+    model_folder: Path, folder: Path, seed: int = 0, size: float = 0.25, added: int = 0, **kind
 ) -> None:
-    """Saves a random adapter as PEFT does; lora_B is random too, so that it changes the answers."""
+    """Saves a random adapter as PEFT does; all that is trained is changed, and so the answers."""
     torch.manual_seed(seed)
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float()
-    model = get_peft_model(base, LoraConfig(**kind))
+    model = get_peft_model(load_base(model_folder, added), LoraConfig(**kind))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
+            if ".lora_B." in name or ".lora_embedding_A." in name:
                 parameter.normal_(0, size)
+            elif "magnitude" in name:
+                parameter.mul_(1 + size * torch.randn_like(parameter))
+            elif parameter.requires_grad and ".lora_" not in name:  # biases, rows, matrices
+                parameter.add_(size * torch.randn_like(parameter))
+            elif added and parameter.shape[0] == VOCAB + added:
+                parameter[VOCAB:].normal_(0, size)
     model.save_pretrained(str(folder))
 
 
 class Reference:
-    """PEFT's answers, one sequence at a time, without a cache."""
+    """PEFT's answers, one sequence at a time, without a cache; a model for each adapter."""
 
-    def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
-        """Loads the base and every adapter."""
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float().eval()
-        for name, folder in adapters.items():
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(folder), adapter_name=name)
-            else:
-                self.model = PeftModel.from_pretrained(
-                    self.model, str(folder), adapter_name=name
-                ).eval()
-        self.model.eval()
+    def __init__(self, model_folder: Path, adapters: dict[str, Path], added: int = ADDED) -> None:
+        """Loads the base and every adapter; added: by those whose names begin so."""
+        self.base = load_base(model_folder)
+        self.models = {
+            name: PeftModel.from_pretrained(
+                load_base(model_folder, added if name.startswith("added") else 0), str(folder)
+            ).eval()
+            for name, folder in adapters.items()
+        }
 
     @torch.no_grad()
-    def logprobs(self, tokens: list[int], adapter: str | None) -> np.ndarray:
-        """[tokens, vocab] log-probabilities of what follows each token."""
-        ids = torch.tensor([tokens])
-        if not isinstance(self.model, PeftModel):
-            logits = self.model(ids).logits
-        elif adapter is None:
-            with self.model.disable_adapter():
-                logits = self.model(ids).logits
-        else:
-            self.model.set_adapter(adapter)
-            logits = self.model(ids).logits
+    def logprobs(self, tokens: list[int], adapter: str | None, prompt: int) -> np.ndarray:
+        """[tokens, vocab] log-probabilities of what follows each token.
+
+        prompt: how many of the tokens are the prompt, where invocation tokens are looked for.
+        """
+        options = {}
+        model = self.base if adapter is None else self.models[adapter]
+        if adapter is not None and model.active_peft_config.alora_invocation_tokens:
+            found = last_invocation(tokens[:prompt])
+            options["alora_offsets"] = [None if found is None else len(tokens) - found]
+        logits = model(torch.tensor([tokens]), **options).logits
         return torch.log_softmax(logits[0].double(), dim=-1).numpy()
+
+
+def last_invocation(prompt: list[int]) -> int | None:
+    """Where INVOCATION comes last."""
+    count = len(INVOCATION)
+    found = [i for i in range(len(prompt) - count + 1) if prompt[i : i + count] == INVOCATION]
+    return found[-1] if found else None
 
 
 @dataclasses.dataclass
@@ -272,7 +378,7 @@ def compare(
 
     Where the two best logits are within TIE either is right (and counted).
     """
-    expected = reference.logprobs(prompt + answer, adapter)[len(prompt) - 1 : -1]
+    expected = reference.logprobs(prompt + answer, adapter, len(prompt))[len(prompt) - 1 : -1]
     for index, (token, row) in enumerate(zip(answer, expected, strict=True)):
         found.tokens += 1
         order = np.argsort(-row)

@@ -8,6 +8,7 @@ import pytest
 from jlora import LLM, LoRARequest, SamplingParams
 from tests.reference import (
     FAMILIES,
+    INVOCATION,
     VOCAB,
     Comparison,
     Reference,
@@ -15,17 +16,19 @@ from tests.reference import (
     compare,
     make_adapter,
     make_model,
+    special_kinds,
 )
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 64, 120, 200)
 
 
-def build(tmp_path, family, rank_limit=64):
-    """A model folder and adapter folders of every kind."""
+def build(tmp_path, family, kinds=None):
+    """A model folder and adapter folders of these kinds (of all low-rank ones when None)."""
     model = tmp_path / "model"
     make_model(family, model)
     adapters = {}
-    for seed, (name, kind) in enumerate(adapter_kinds(rank_limit, family).items()):
+    kinds = adapter_kinds(family=family) if kinds is None else kinds
+    for seed, (name, kind) in enumerate(kinds.items()):
         adapters[name] = tmp_path / name
         make_adapter(model, adapters[name], seed=seed, **kind)
     return model, adapters
@@ -57,6 +60,9 @@ def mixed_batch(adapters, seed, lengths=LENGTHS, limit=511):
         rng.integers(3, VOCAB, min(lengths[i % len(lengths)], limit)).tolist()
         for i in range(len(names))
     ]
+    for index, name in enumerate(names):  # once with the tokens that it acts from, once without
+        if name == "activated" and name not in names[:index]:
+            prompts[index] = [1, 2, *INVOCATION, 3, *INVOCATION, *prompts[index]][:limit]
     requests = [
         None
         if name is None
@@ -97,6 +103,17 @@ LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope", "phi3-longrope")
 def test_every_family_gives_pefts_tokens(family, tmp_path):
     model, adapters = build(tmp_path, family)
     run_and_compare(engine(model), Reference(model, adapters), adapters)
+
+
+def requests_of(adapters):
+    return [LoRARequest(name, i + 1, str(path)) for i, (name, path) in enumerate(adapters.items())]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in LENGTH_DEPENDENT])
+def test_every_kind_of_adapter_gives_pefts_tokens(family, tmp_path):
+    model, adapters = build(tmp_path, family, special_kinds(family))
+    llm = engine(model, max_loras=4, lora_modules=requests_of(adapters), max_cpu_loras=30)
+    run_and_compare(llm, Reference(model, adapters), adapters)
 
 
 def test_preemption_changes_nothing(tmp_path):

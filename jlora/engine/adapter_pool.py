@@ -1,8 +1,11 @@
-"""The adapter pool on the device, and the writes that fill its rank blocks in place."""
+"""The adapter pool on the device, and the writes that fill it in place."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,136 +15,263 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
+from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
 from jlora.kernels import SlotTable
-from jlora.manager import BlockWrite, LoRAModelManager, SlotMap
-from jlora.model import AXIS, RowPool
-from jlora.projections import ModuleMap, Projection
+from jlora.manager import (
+    BlockWrite,
+    FeatureWrite,
+    LoRAModelManager,
+    SlotMap,
+    feature_rows,
+    no_features,
+    pool_rows,
+    row_blocks,
+)
+from jlora.model import AXIS, AdapterState, LoadedModel, RowPool, TokenRows
+from jlora.projections import EMBED, HEAD, Feature, ModuleMap, Projection
 
 STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+WHOLE = PartitionSpec()
+MATRIX = PartitionSpec(None, AXIS, None)  # of whole matrices, divided as the model's own
 
 
-def _specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
-    """How A and B of a row are divided.
+def _specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """How A, B and what is per output (magnitudes, biases) of a row are divided.
 
     Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
-    copy B; those that nobody divides copy both.
+    copy B.
     """
-    a = PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else PartitionSpec()
-    b = PartitionSpec(None, None, None, AXIS) if row.shard == "out" else PartitionSpec()
-    return a, b
+    match row.shard:
+        case "out":
+            return WHOLE, PartitionSpec(None, None, None, AXIS), PartitionSpec(None, None, AXIS)
+        case "in":
+            return PartitionSpec(None, None, None, None, AXIS), WHOLE, WHOLE
+        case _:
+            return WHOLE, WHOLE, WHOLE
 
 
 def _row_shapes(
-    row: Projection, layers: int, blocks: int, shards: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    a = (layers, blocks, len(row.parts), LORA_BLOCK_RANK, row.d_in)
-    return a, (layers, blocks, LORA_BLOCK_RANK, row.stored_width(shards))
+    row: Projection, modules: ModuleMap, config: LoRAConfig, shards: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A, B and of what is per output, over all devices; see RowPool."""
+    layers = modules.num_layers if row.per_layer else 1
+    blocks = row_blocks(row, config) * (row.experts or 1)
+    width, rank = row.stored_width(shards), LORA_BLOCK_RANK
+    a: tuple[int, ...] = (layers, blocks, len(row.parts), rank, row.d_in)
+    if row.name == EMBED:
+        a = (blocks, row.d_in, rank)
+    return a, (layers, blocks, rank, width), (layers, config.max_loras + 1, width)
+
+
+def stored_matrix(modules: ModuleMap, config: LoRAConfig, shards: int) -> tuple[int, int, int]:
+    """Shape of the whole matrices that adapters may bring, over all devices."""
+    model = modules.config
+    rows = -(-model.total_vocab // shards) * shards
+    return config.max_lora_full_weights, rows, model.hidden_size
 
 
 def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:
     """Bytes of the pool on one device."""
     total = 0
-    for row in modules.projections:
-        a, b = _row_shapes(row, modules.num_layers, config.pool_blocks, shards)
-        for shape, shard in ((a, "in"), (b, "out")):
-            copies = shards if row.shard == shard else 1
-            total += int(np.prod(shape)) // copies * dtype.itemsize
-    return total
+    for row in pool_rows(modules, config):
+        shapes, specs = _row_shapes(row, modules, config, shards), _specs(row)
+        a, b, vector = (
+            int(np.prod(shape)) // (shards if AXIS in spec else 1)
+            for shape, spec in zip(shapes, specs, strict=True)
+        )
+        vectors = config.enable_lora_dora + config.enable_lora_bias if not row.experts else 0
+        total += (a + b) * dtype.itemsize + vectors * vector * 4
+    rows = (config.max_loras + 1) * config.max_lora_token_rows * modules.config.hidden_size
+    full = int(np.prod(stored_matrix(modules, config, shards))) // shards
+    return total + 2 * (rows + full) * dtype.itemsize
 
 
 class AdapterPool:
-    """The rows of the pool; `rows` is what a step reads."""
+    """Allocates the pool and writes into it; `state` is what a step reads."""
 
     def __init__(
-        self, modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, mesh: Mesh
+        self,
+        modules: ModuleMap,
+        config: LoRAConfig,
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        model: LoadedModel,
+        base_weight: Callable[[str], np.ndarray],
     ) -> None:
-        """Allocates the pool, all zero."""
-        self._modules, self._mesh, self._shards = modules, mesh, mesh.shape[AXIS]
+        """Allocates what the config reserves; no adapter is there.
+
+        base_weight: reads a tensor of the base's checkpoint; adapters' biases and matrices are
+        made with it.
+        """
+        self._modules, self._config, self._mesh = modules, config, mesh
+        self._shards, self._dtype = mesh.shape[AXIS], dtype
+        self._model, self._base_weight = model, base_weight
         self._version = -1
-        self._writers: dict[tuple[str, np.dtype], jax.stages.Compiled] = {}
-        self.rows: dict[str, RowPool] = {}
-        for row in modules.projections:
-            shapes = _row_shapes(row, modules.num_layers, config.pool_blocks, self._shards)
-            a, b = (
-                jax.jit(
-                    functools.partial(jnp.zeros, shape, dtype),
-                    out_shardings=NamedSharding(mesh, spec),
-                )()
-                for shape, spec in zip(shapes, _specs(row), strict=True)
-            )
-            slots = SlotMap(config.max_loras, config.max_blocks)
-            self.rows[row.name] = RowPool(a, b, self._table(slots))
+        self._executables: dict[tuple, jax.stages.Compiled] = {}
+        rows = {row.name: self._row(row) for row in pool_rows(modules, config)}
+        slots, hidden = config.max_loras + 1, modules.config.hidden_size
+        tokens, full = {}, {}
+        for name in (EMBED, HEAD):
+            if config.max_lora_token_rows:
+                shape = (slots, config.max_lora_token_rows)
+                tokens[name] = TokenRows(
+                    self._filled(shape, -1, np.int32), self._filled((*shape, hidden), 0, dtype)
+                )
+            if config.max_lora_full_weights:
+                matrices = stored_matrix(modules, config, self._shards)
+                full[name] = self._filled(matrices, 0, dtype, MATRIX)
+        self.state = AdapterState(rows, self._put(no_features(config.max_loras)), tokens, full)
+
+    def _row(self, row: Projection) -> RowPool:
+        config = self._config
+        a, b, vector = _row_shapes(row, self._modules, config, self._shards)
+        specs = _specs(row)
+        per_slot = row in feature_rows(self._modules, config)
+        dora, bias = config.enable_lora_dora and per_slot, config.enable_lora_bias and per_slot
+        return RowPool(
+            self._filled(a, 0, self._dtype, specs[0]),
+            self._filled(b, 0, self._dtype, specs[1]),
+            self._table(SlotMap(config.max_loras, config.max_blocks)),
+            self._filled(vector, 1, np.float32, specs[2]) if dora else None,
+            self._filled(vector, 0, np.float32, specs[2]) if bias else None,
+        )
+
+    def _filled(
+        self, shape: tuple[int, ...], value: float, dtype: Any, spec: PartitionSpec = WHOLE
+    ) -> Array:
+        make = functools.partial(jnp.full, shape, value, dtype)
+        return jax.jit(make, out_shardings=NamedSharding(self._mesh, spec))()
 
     @property
-    def specs(self) -> dict[str, RowPool]:
-        """How `rows` is divided: the same tree, of PartitionSpecs."""
-        whole = PartitionSpec()
-        return {
-            row.name: jax.tree.unflatten(
-                jax.tree.structure(self.rows[row.name]), [*_specs(row), whole, whole, whole]
-            )
-            for row in self._modules.projections
-        }
+    def specs(self) -> AdapterState:
+        """How `state` is divided: the same tree, of PartitionSpecs."""
+        rows = {}
+        for row in pool_rows(self._modules, self._config):
+            a, b, vector = _specs(row)
+            old = self.state.rows[row.name]
+            magnitude = None if old.magnitude is None else vector
+            bias = None if old.bias is None else vector
+            rows[row.name] = RowPool(a, b, _whole(old.slots), magnitude, bias)
+        full = dict.fromkeys(self.state.full, MATRIX)
+        return AdapterState(rows, WHOLE, _whole(self.state.token_rows), full)
+
+    def _put(self, value: Any, spec: PartitionSpec = WHOLE) -> Any:
+        return jax.device_put(value, NamedSharding(self._mesh, spec))
 
     def _table(self, slots: SlotMap) -> SlotTable:
         # Copies: the transfer may read them after the manager has gone on.
         arrays = (slots.blocks.copy(), slots.counts.copy(), slots.scales.copy())
-        return SlotTable(*jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec())))
+        return SlotTable(*self._put(arrays))
+
+    @property
+    def adapts_vocabulary(self) -> bool:
+        """Whether adapters may change the logits other than by the hidden state."""
+        state = self.state
+        return HEAD in state.rows or bool(state.token_rows) or bool(state.full)
+
+    # -- writing ---------------------------------------------------------------------------
 
     def compile(self) -> None:
-        """Compiles the writes, one for each row and dtype in which adapters come."""
-        for row in self._modules.projections:
+        """Compiles the writes by writing zeros, while no adapter is there."""
+        for row in pool_rows(self._modules, self._config):
+            layers = 1 if row.experts or not row.per_layer else self._modules.num_layers
+            each = (layers, row.experts or 1)
+            a = (*each, len(row.parts), LORA_BLOCK_RANK, row.d_in)
+            b = (*each, row.stored_width(self._shards), LORA_BLOCK_RANK)
+            scales = np.ones((*each, len(row.parts)), np.float32)
             for dtype in STAGING_DTYPES:
-                self._writer(row, dtype)
+                self._write_block(row, 0, 0, np.zeros(a, dtype), np.zeros(b, dtype), scales)
+        for row in feature_rows(self._modules, self._config):
+            pool, width = self.state.rows[row.name], row.stored_width(self._shards)
+            layers = self._modules.num_layers if row.per_layer else 1
+            if pool.magnitude is not None:
+                self._write_magnitudes(row, 0, np.ones((layers, width), np.float32))
+            if pool.bias is not None:
+                self._write_biases(row, 0, np.zeros((layers, width), np.float32))
+        for name, own in self.state.token_rows.items():
+            count, width = own.rows.shape[1:]
+            ids = np.full(count, -1, np.int32)
+            self._write_token_rows(name, 0, ids, np.zeros((count, width), np.float32))
+        for name, full in self.state.full.items():
+            self._write_matrix(name, 0, np.zeros(full.shape[1:], self._dtype))
 
     def apply(self, manager: LoRAModelManager) -> None:
         """Writes what the manager says must be written, and takes over its slot tables."""
-        for write in manager.take_writes():
-            self._write(write)
+        writes = manager.take_writes()
+        for write in writes:
+            if isinstance(write, BlockWrite):
+                row = write.projection
+                self._write_block(row, write.layer or 0, write.block, *write.arrays(self._shards))
         if manager.version != self._version:
-            self.rows = {
-                name: RowPool(row.a, row.b, self._table(manager.slot_maps[name]))
-                for name, row in self.rows.items()
+            rows = {
+                name: dataclasses.replace(row, slots=self._table(manager.slot_maps[name]))
+                for name, row in self.state.rows.items()
             }
+            features = self._put(manager.features.copy())
+            self.state = dataclasses.replace(self.state, rows=rows, features=features)
             self._version = manager.version
+        for write in writes:
+            if isinstance(write, FeatureWrite):  # magnitudes read blocks and slot tables
+                self._write_feature(write)
 
-    def _write(self, write: BlockWrite) -> None:
-        row, name = write.projection, write.projection.name
-        arrays = write.arrays(self._shards)
-        a, b, scales = jax.device_put(arrays, self._incoming(row))
-        block = jax.device_put(np.int32(write.block), NamedSharding(self._mesh, PartitionSpec()))
-        pool = self.rows[name]
-        writer = self._writer(row, arrays[0].dtype)
-        a, b = writer(pool.a, pool.b, block, a, b, scales)
-        self.rows[name] = RowPool(a, b, pool.slots)
+    def _write_feature(self, write: FeatureWrite) -> None:
+        row, at = write.projection, write.index
+        match write.feature:
+            case Feature.MAGNITUDE:
+                self._write_magnitudes(row, at, write.magnitudes(self._shards))
+            case Feature.BIAS:
+                self._write_biases(row, at, write.biases(self._shards, self._base_weight))
+            case Feature.EMBED_ROWS | Feature.HEAD_ROWS:
+                size = self._config.max_lora_token_rows
+                self._write_token_rows(row.name, at, *write.token_rows(size))
+            case _:
+                vocab = self.state.full[row.name].shape[1]
+                matrix = write.matrix(vocab, self._base_weight)
+                self._write_matrix(row.name, at, matrix.astype(self._dtype))
 
-    def _incoming(self, row: Projection) -> tuple[NamedSharding, ...]:
-        """Shardings of BlockWrite.arrays."""
-        a = PartitionSpec(None, None, None, AXIS) if row.shard == "in" else PartitionSpec()
-        b = PartitionSpec(None, AXIS, None) if row.shard == "out" else PartitionSpec()
-        return tuple(NamedSharding(self._mesh, spec) for spec in (a, b, PartitionSpec()))
+    def _run(
+        self, key: tuple, function: Callable, donated: tuple[int, ...], specs: Any, *arguments: Any
+    ) -> Any:
+        """Runs a function, compiled on first use, whose results are divided by specs."""
+        if key not in self._executables:
+            shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
+            jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
+            self._executables[key] = jitted.lower(*arguments).compile()
+        return self._executables[key](*arguments)
 
-    def _writer(self, row: Projection, dtype: np.dtype) -> jax.stages.Compiled:
-        key = (row.name, dtype)
-        if key not in self._writers:
-            pool = self.rows[row.name]
-            layers, _, parts, rank, d_in = pool.a.shape
-            shapes = ((layers, parts, rank, d_in), (layers, pool.b.shape[-1], rank))
-            staged = [
-                jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-                for shape, sharding in zip(shapes, self._incoming(row), strict=False)
-            ]
-            replicated = NamedSharding(self._mesh, PartitionSpec())
-            block = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
-            scales = jax.ShapeDtypeStruct((layers, parts), np.float32, sharding=replicated)
-            shardings = tuple(NamedSharding(self._mesh, spec) for spec in _specs(row))
-            function = functools.partial(write_block, part_of=self._part_of(row))
-            self._writers[key] = (
-                jax.jit(function, donate_argnums=(0, 1), out_shardings=shardings)
-                .lower(pool.a, pool.b, block, *staged, scales)
-                .compile()
-            )
-        return self._writers[key]
+    def _set_row(self, name: str, **changes: Any) -> None:
+        rows = {**self.state.rows, name: dataclasses.replace(self.state.rows[name], **changes)}
+        self.state = dataclasses.replace(self.state, rows=rows)
+
+    def _write_block(
+        self,
+        row: Projection,
+        layer: int,
+        block: int,
+        a: np.ndarray,
+        b: np.ndarray,
+        scales: np.ndarray,
+    ) -> None:
+        """Of `BlockWrite.arrays`; block is counted without experts."""
+        a_in = PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else WHOLE
+        b_in = PartitionSpec(None, None, AXIS, None) if row.shard == "out" else WHOLE
+        pool, at = (
+            self.state.rows[row.name],
+            np.array([layer, block * (row.experts or 1)], np.int32),
+        )
+        function = write_embedding_block if row.name == EMBED else write_block
+        new_a, new_b = self._run(
+            ("block", row.name, a.dtype),
+            functools.partial(function, part_of=self._part_of(row)),
+            (0, 1),
+            _specs(row)[:2],
+            pool.a,
+            pool.b,
+            *self._put((at, scales)),
+            self._put(a, a_in),
+            self._put(b, b_in),
+        )
+        self._set_row(row.name, a=new_a, b=new_b)
 
     def _part_of(self, row: Projection) -> np.ndarray:
         """int32 [stored width]: the part of each stored column."""
@@ -149,22 +279,143 @@ class AdapterPool:
         part_of_column = np.repeat(np.arange(len(widths)), widths)
         return part_of_column[row.columns(self._shards)].astype(np.int32)
 
+    def _write_biases(self, row: Projection, slot: int, values: np.ndarray) -> None:
+        """values: float32 [layers, stored width]."""
+        spec = _specs(row)[2]
+        new = self._run(
+            ("bias", row.name),
+            lambda old, slot, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, slot, 0)),
+            (0,),
+            spec,
+            self.state.rows[row.name].bias,
+            self._put(np.int32(slot)),
+            self._put(values, PartitionSpec(None, *spec[2:])),
+        )
+        self._set_row(row.name, bias=new)
+
+    def _write_magnitudes(self, row: Projection, slot: int, values: np.ndarray) -> None:
+        """values: float32 [layers, stored width], NaN where there is none; a layer a call."""
+        spec, name = _specs(row)[2], row.name
+        staged = self._put(values, PartitionSpec(None, *spec[2:]))
+        whole = RowPool(*_specs(row)[:2], _whole(self.state.rows[name].slots))
+        for layer in range(len(values)):
+            pool = self.state.rows[name]
+            weight, weight_spec = self._model.weight(name, layer)
+            specs = (spec, weight_spec, whole, WHOLE, PartitionSpec(None, *spec[2:]))
+            function = functools.partial(self._magnitudes, row=row)
+            mapped = jax.shard_map(
+                function, mesh=self._mesh, in_specs=specs, out_specs=spec, check_vma=False
+            )
+            new = self._run(
+                ("magnitude", name),
+                mapped,
+                (0,),
+                spec,
+                pool.magnitude,
+                weight,
+                dataclasses.replace(pool, magnitude=None, bias=None),
+                self._put(np.array([layer, slot], np.int32)),
+                staged,
+            )
+            self._set_row(name, magnitude=new)
+
+    def _magnitudes(
+        self, old: Array, weight: Array, pool: RowPool, at: Array, values: Array, *, row: Projection
+    ) -> Array:
+        """old with one layer and slot written; everything is one device's share."""
+        layer, slot = at[0], at[1]
+        sums = row.shard == "in"
+        if row.name == EMBED:  # the vocabulary is its input, and divided; the pool's A is whole
+            pool, weight = _embedding_as_input(pool, weight, self._modules.config.vocab_size)
+            sums = True
+        if row.name == HEAD:
+            weight = weight.T
+        a, b = slot_blocks(pool, layer, slot)
+        norms = merged_norms(weight, a, b, row.local_widths(self._shards), sums)
+        new = magnitude_factor(values[layer], norms)
+        return jax.lax.dynamic_update_slice(old, new[None, None], (layer, slot, 0))
+
+    def _write_token_rows(self, name: str, slot: int, ids: np.ndarray, rows: np.ndarray) -> None:
+        """ids: int32 [rows], -1 past the last; rows: float32 [rows, hidden]."""
+
+        def write(old: TokenRows, slot: Array, ids: Array, rows: Array) -> TokenRows:
+            update = jax.lax.dynamic_update_slice
+            return TokenRows(
+                update(old.ids, ids[None], (slot, 0)),
+                update(old.rows, rows[None].astype(old.rows.dtype), (slot, 0, 0)),
+            )
+
+        old = self.state.token_rows[name]
+        arguments = self._put((np.int32(slot), ids, rows))
+        new = self._run(("rows", name), write, (0,), TokenRows(WHOLE, WHOLE), old, *arguments)
+        tokens = {**self.state.token_rows, name: new}
+        self.state = dataclasses.replace(self.state, token_rows=tokens)
+
+    def _write_matrix(self, name: str, index: int, matrix: np.ndarray) -> None:
+        """matrix: [stored vocabulary, hidden], in the pool's dtype."""
+        new = self._run(
+            ("matrix", name),
+            lambda old, at, new: jax.lax.dynamic_update_slice(old, new[None], (at, 0, 0)),
+            (0,),
+            MATRIX,
+            self.state.full[name],
+            self._put(np.int32(index)),
+            self._put(matrix, PartitionSpec(AXIS, None)),
+        )
+        self.state = dataclasses.replace(self.state, full={**self.state.full, name: new})
+
+
+def _whole(tree: Any) -> Any:
+    return jax.tree.map(lambda _: WHOLE, tree)
+
+
+def _embedding_as_input(pool: RowPool, weight: Array, vocab: int) -> tuple[RowPool, Array]:
+    """A device's share of the vocabulary as the input of a projection; rows past it are zero."""
+    count = weight.shape[0]
+    token = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+    known = token < vocab
+    a = pool.a[:, jnp.minimum(token, pool.a.shape[1] - 1)]  # [blocks, local vocab, rank]
+    a = jnp.where(known[None, :, None], a, 0)
+    a = jnp.swapaxes(a, 1, 2)[None, :, None]
+    return dataclasses.replace(pool, a=a), jnp.where(known[:, None], weight, 0)
+
 
 def write_block(
     a: Array,
     b: Array,
-    block: Array,
+    at: Array,
+    scales: Array,
     new_a: Array,
     new_b: Array,
-    scales: Array,
     *,
     part_of: np.ndarray,
 ) -> tuple[Array, Array]:
     """a and b with one block replaced; the scale goes into B, in float32 before the cast.
 
-    new_a [layers, parts, rank, d_in], new_b [layers, d_out, rank], scales [layers, parts].
+    at: the first layer, and the block (of the first expert). new_a [layers, experts, parts, rank,
+    d_in], new_b [layers, experts, d_out, rank], scales [layers, experts, parts].
     """
-    scaled = new_b.astype(jnp.float32) * scales[:, part_of][:, :, None]
-    scaled = jnp.swapaxes(scaled, 1, 2).astype(b.dtype)[:, None]  # [layers, 1, rank, d_out]
-    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype)[:, None], (0, block, 0, 0, 0))
-    return a, jax.lax.dynamic_update_slice(b, scaled, (0, block, 0, 0))
+    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype), (at[0], at[1], 0, 0, 0))
+    return a, _write_b(b, at, scales, new_b, part_of)
+
+
+def write_embedding_block(
+    a: Array,
+    b: Array,
+    at: Array,
+    scales: Array,
+    new_a: Array,
+    new_b: Array,
+    *,
+    part_of: np.ndarray,
+) -> tuple[Array, Array]:
+    """The same for embed_tokens, whose a is [blocks, vocabulary, rank]."""
+    rows = jnp.swapaxes(new_a[0, :, 0], 1, 2).astype(a.dtype)
+    a = jax.lax.dynamic_update_slice(a, rows, (at[1], 0, 0))
+    return a, _write_b(b, at, scales, new_b, part_of)
+
+
+def _write_b(b: Array, at: Array, scales: Array, new_b: Array, part_of: np.ndarray) -> Array:
+    scaled = new_b.astype(jnp.float32) * scales[:, :, part_of][..., None]
+    scaled = jnp.swapaxes(scaled, 2, 3).astype(b.dtype)  # [layers, experts, rank, d_out]
+    return jax.lax.dynamic_update_slice(b, scaled, (at[0], at[1], 0, 0))

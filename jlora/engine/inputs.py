@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 from jlora.config import EngineArgs, ModelConfig
 from jlora.engine.detokenizer import Detokenizer
 from jlora.engine.sequence import RequestState
+from jlora.errors import AdapterError
+from jlora.manager import AdapterVersion
 from jlora.request import (
     MAX_LOGIT_BIAS,
     LoRARequest,
     SamplingParams,
     parse_prompt,
 )
+
+# What a tokeniser's vocabulary is in; the configuration beside it says only how to load it.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json")
 
 
 class InputProcessor:
@@ -35,9 +41,31 @@ class InputProcessor:
         self.generation_defaults = generation_config(args.model, args.revision)
         eos = self.generation_defaults.get("eos_token_id")
         listed = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        ends = model.eos_token_ids + listed + (() if own is None else (own,))
-        self.eos_ids = frozenset(token for token in ends if 0 <= token < model.vocab_size)
+        self._model_ends = model.eos_token_ids + listed
+        self.eos_ids = self._ends(self.tokenizer, model.vocab_size)
+        # By what is in the files, so that thousands of adapters may bring copies of one.
+        self._tokenizers: dict[bytes, Any] = {b"": self.tokenizer}
+        source = Path(args.tokenizer or args.model)
+        if source.is_dir():
+            self._tokenizers[_tokenizer_content(source)] = self.tokenizer
+
+    def check(self, prompt: Any, params: Any, lora_request: Any) -> None:
+        """What can be said of a request before its adapter is read. Raises ValueError."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        if lora_request is not None and not isinstance(lora_request, LoRARequest):
+            raise ValueError(
+                f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
+            )
+        _, tokens = parse_prompt(prompt)
+        if tokens is None and self.tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True: pass prompt_token_ids instead of text")
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and asked > self._max_logprobs:
+                raise ValueError(f"{name}={asked} is above max_logprobs={self._max_logprobs}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokeniser, but skip_tokenizer_init=True")
 
     def process(
         self,
@@ -45,21 +73,22 @@ class InputProcessor:
         prompt: Any,
         params: SamplingParams,
         lora_request: LoRARequest | None,
+        version: AdapterVersion | None,
         max_model_len: int,
         add_special_tokens: bool = True,
     ) -> RequestState:
-        """A request without sequences yet. Raises ValueError that says what is wrong."""
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
-        if lora_request is not None and not isinstance(lora_request, LoRARequest):
-            raise ValueError(
-                f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
-            )
+        """A checked request, without sequences yet. Raises ValueError that says what is wrong.
+
+        version: of the adapter, which may know more tokens than the base and have a tokeniser.
+        """
+        tokenizer = self.tokenizer_of(version)
         text, tokens = parse_prompt(prompt)
         if tokens is None:
-            tokens = self._tokenize(text, add_special_tokens)
-        self._check_tokens(tokens, max_model_len)
-        self._check_params(params)
+            tokens = _tokenize(tokenizer, text, add_special_tokens)
+        vocab = self._model.vocab_size + (0 if version is None else version.added_tokens)
+        _check_tokens(tokens, vocab, max_model_len)
+        eos_ids = self.eos_ids if tokenizer is self.tokenizer else self._ends(tokenizer, vocab)
+        self._check_token_params(params, vocab, len(eos_ids))
         stops = frozenset(params.stop_token_ids or ())
         room = max_model_len - len(tokens)
         return RequestState(
@@ -69,37 +98,35 @@ class InputProcessor:
             dataclasses.replace(params),
             lora_request,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            stop_ids=stops if params.ignore_eos else stops | self.eos_ids,
+            stop_ids=stops if params.ignore_eos else stops | eos_ids,
+            tokenizer=tokenizer,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
 
-    def _tokenize(self, text: str | None, add_special_tokens: bool) -> list[int]:
-        if self.tokenizer is None:
-            raise ValueError("skip_tokenizer_init=True: pass prompt_token_ids instead of text")
-        try:
-            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        except (TypeError, UnicodeError) as error:  # a lone surrogate
-            raise ValueError(f"the prompt is not text that can be encoded: {error}") from error
+    def tokenizer_of(self, version: AdapterVersion | None) -> Any:
+        """The adapter's own tokeniser when its folder has one that is not the base's."""
+        if self.tokenizer is None or version is None or version.folder is None:
+            return self.tokenizer
+        content = _tokenizer_content(version.folder)
+        if content not in self._tokenizers:
+            from transformers import AutoTokenizer
 
-    def _check_tokens(self, tokens: list[int], max_model_len: int) -> None:
-        if not tokens:
-            raise ValueError("the prompt has no tokens")
-        vocab = self._model.vocab_size
-        bad = next((token for token in tokens if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary (0 .. {vocab - 1})")
-        if len(tokens) >= max_model_len:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens; with max_model_len={max_model_len} at most "
-                f"{max_model_len - 1} leave room for an answer"
-            )
+            try:
+                self._tokenizers[content] = AutoTokenizer.from_pretrained(version.folder)
+            except (OSError, ValueError, KeyError) as error:
+                raise AdapterError(
+                    f"adapter {version.request.lora_name!r}: the tokeniser in {version.folder} "
+                    f"cannot be read: {error}"
+                ) from error
+        return self._tokenizers[content]
 
-    def _check_params(self, params: SamplingParams) -> None:
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, name)
-            if asked is not None and asked > self._max_logprobs:
-                raise ValueError(f"{name}={asked} is above max_logprobs={self._max_logprobs}")
-        vocab = self._model.vocab_size
+    def _ends(self, tokenizer: Any, vocab: int) -> frozenset[int]:
+        """The tokens that end an answer: the model's, its generation defaults', the tokeniser's."""
+        own = getattr(tokenizer, "eos_token_id", None)
+        ends = self._model_ends + (() if own is None else (own,))
+        return frozenset(token for token in ends if 0 <= token < vocab)
+
+    def _check_token_params(self, params: SamplingParams, vocab: int, num_ends: int) -> None:
         for name, ids in (
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
@@ -107,22 +134,20 @@ class InputProcessor:
             bad = next((token for token in ids or () if not 0 <= token < vocab), None)
             if bad is not None:
                 raise ValueError(f"{name}: token id {bad} is outside 0 .. {vocab - 1}")
-        stops = len(params.stop_token_ids or ()) + len(self.eos_ids) if params.min_tokens else 0
+        stops = len(params.stop_token_ids or ()) + num_ends if params.min_tokens else 0
         if len(params.logit_bias or ()) + stops > MAX_LOGIT_BIAS:
             raise ValueError(
                 f"logit_bias has {len(params.logit_bias or ())} entries (and min_tokens {stops} "
                 f"stop tokens); at most {MAX_LOGIT_BIAS} are supported"
             )
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokeniser, but skip_tokenizer_init=True")
 
     def detokenizer(self, request: RequestState) -> Detokenizer | None:
         """A fresh one for an answer to the request; None when no text is wanted."""
         params = request.params
-        if self.tokenizer is None or not params.detokenize:
+        if request.tokenizer is None or not params.detokenize:
             return None
         return Detokenizer(
-            self.tokenizer,
+            request.tokenizer,
             request.prompt_token_ids,
             tuple(params.stop or ()),
             params.include_stop_str_in_output,
@@ -134,6 +159,34 @@ class InputProcessor:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         found = {name: self.generation_defaults.get(name) for name in names}
         return SamplingParams(**{name: value for name, value in found.items() if value is not None})
+
+
+def _tokenize(tokenizer: Any, text: str | None, add_special_tokens: bool) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    except (TypeError, UnicodeError) as error:  # a lone surrogate
+        raise ValueError(f"the prompt is not text that can be encoded: {error}") from error
+
+
+def _check_tokens(tokens: list[int], vocab: int, max_model_len: int) -> None:
+    if not tokens:
+        raise ValueError("the prompt has no tokens")
+    bad = next((token for token in tokens if not 0 <= token < vocab), None)
+    if bad is not None:
+        raise ValueError(f"token id {bad} is outside the vocabulary (0 .. {vocab - 1})")
+    if len(tokens) >= max_model_len:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens; with max_model_len={max_model_len} at most "
+            f"{max_model_len - 1} leave room for an answer"
+        )
+
+
+def _tokenizer_content(folder: Path) -> bytes:
+    """Names a folder's tokeniser by what its files hold; empty when it has none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        return b""
+    return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
 
 
 def generation_config(model: str, revision: str | None) -> dict[str, Any]:

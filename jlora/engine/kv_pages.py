@@ -5,24 +5,39 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 
 
-def page_hash(parent: bytes, tokens: Seq[int]) -> bytes:
-    """Names a full page by its tokens and everything before them."""
-    digest = hashlib.blake2b(parent, digest_size=16)
-    digest.update(np.asarray(tokens, np.int32).tobytes())
-    return digest.digest()
+@dataclass(frozen=True)
+class Prefix:
+    """What the keys and values of a sequence depend on besides its tokens.
 
-
-def root_hash(adapter: str, rope_length: int) -> bytes:
-    """The parent of a sequence's first page: what else its keys and values depend on.
-
-    adapter: identity of the adapter that acts, "" for none. rope_length: the prompt's length
-    where the rotation depends on it, else 0.
+    rope_length: the length by which its first tokens were turned (the prompt's, or that at which
+    it started over), where the rotation depends on it, else 0. adapter: identity
+    of the adapter that acts, "" for none. acts_from: the position from which on it does; what is
+    before is the base's.
     """
-    return hashlib.blake2b(f"{adapter}\0{rope_length}".encode(), digest_size=16).digest()
+
+    rope_length: int = 0
+    adapter: str = ""
+    acts_from: int = 0
+
+    def page_hash(self, parent: bytes | None, start: int, tokens: Seq[int]) -> bytes:
+        """Names the full page at `start` by all that its content depends on.
+
+        parent: the name of the page before, None for the first.
+        """
+        if parent is None:
+            parent = _digest(b"", str(self.rope_length).encode())
+        if self.adapter and start <= self.acts_from < start + len(tokens):
+            parent = _digest(parent, f"{self.acts_from}\0{self.adapter}".encode())
+        return _digest(parent, np.asarray(tokens, np.int32).tobytes())
+
+
+def _digest(parent: bytes, content: bytes) -> bytes:
+    return hashlib.blake2b(parent + content, digest_size=16).digest()
 
 
 class PageAllocator:
@@ -44,23 +59,23 @@ class PageAllocator:
         """Pages that nobody holds."""
         return len(self._free)
 
-    def find(self, parent: bytes, tokens: Seq[int], limit: int) -> tuple[list[int], list[bytes]]:
+    def find(self, prefix: Prefix, tokens: Seq[int], limit: int) -> tuple[list[int], list[bytes]]:
         """The pages that hold the longest known prefix of tokens[:limit], and their hashes.
 
         They are not taken yet: see `take`.
         """
         pages: list[int] = []
         hashes: list[bytes] = []
-        size = self.page_size
+        size, name = self.page_size, None
         if not self.caching:
             return pages, hashes
         for start in range(0, limit - size + 1, size):
-            parent = page_hash(parent, tokens[start : start + size])
-            page = self._page_of.get(parent)
+            name = prefix.page_hash(name, start, tokens[start : start + size])
+            page = self._page_of.get(name)
             if page is None:
                 break
             pages.append(page)
-            hashes.append(parent)
+            hashes.append(name)
         return pages, hashes
 
     def num_free_without(self, pages: list[int]) -> int:

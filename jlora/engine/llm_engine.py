@@ -26,8 +26,14 @@ from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import RequestState, Sequence
 from jlora.errors import AdapterInUseError
 from jlora.kernels import Implementation
-from jlora.manager import LRUCacheWorkerLoRAManager
-from jlora.model import AXIS, load_hf_config, load_model, model_config
+from jlora.manager import (
+    UNLIMITED,
+    AdapterLoader,
+    AdapterVersion,
+    LRUCacheWorkerLoRAManager,
+    fitted,
+)
+from jlora.model import AXIS, BaseWeights, load_hf_config, load_model, model_config
 from jlora.projections import ModuleMap, check_shards
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
@@ -48,8 +54,11 @@ class LLMEngine:
         check_shards(model, args.tensor_parallel_size)
         mesh = _mesh(args.tensor_parallel_size)
         implementation = _implementation(args, model)
+        self.lora_config = _lora_config(args, model)
+        if self.lora_config is not None:
+            extra = self.lora_config.lora_extra_vocab_size
+            model = dataclasses.replace(model, extra_vocab_size=extra)
         self.args, self.model_config = args, model
-        self.lora_config = _with_dtype(args.lora_config(), model)
         self._check_sizes()
         self.modules = ModuleMap(model)
         self.inputs = InputProcessor(args, model)
@@ -60,10 +69,13 @@ class LLMEngine:
         self.lora: LRUCacheWorkerLoRAManager | None = None
         pool = None
         if self.lora_config is not None:
-            self.lora = LRUCacheWorkerLoRAManager(self.modules, self.lora_config)
-            pool = AdapterPool(
-                self.modules, self.lora_config, self._pool_dtype(implementation), mesh
+            made_up = None if seed is None else weights
+            base = BaseWeights(model, args.model, args.revision, made_up)
+            self.lora = LRUCacheWorkerLoRAManager(
+                self.modules, self.lora_config, base, model_name=args.model
             )
+            dtype = self._pool_dtype(implementation)
+            pool = AdapterPool(self.modules, self.lora_config, dtype, mesh, weights, base)
         jax.block_until_ready(weights.params)
         sizes = self._sizes(implementation)
         self.runner = ModelRunner(weights, model, sizes, mesh, pool)
@@ -76,12 +88,15 @@ class LLMEngine:
             args.max_num_seqs,
             sizes.max_num_batched_tokens,
             sizes.max_model_len,
+            self.model_config.restarts_above,
         )
         self._requests: dict[str, RequestState] = {}
         self._in_flight: StepResult | None = None
         self._seeds = np.random.default_rng(args.seed)
         if not args.enforce_eager:
             self.warm_up(progress)
+        for request in args.lora_modules or ():
+            self.add_lora(request)
         logger.info("ready in %.1f s", time.perf_counter() - start)
 
     @classmethod
@@ -155,7 +170,7 @@ class LLMEngine:
         with self.lora.maybe_select_dummy_loras(self.lora_config):
             self.runner.pool.apply(self.lora.manager)
         self.runner.pool.apply(self.lora.manager)
-        jax.block_until_ready(self.runner.pool.rows)
+        jax.block_until_ready(self.runner.pool.state)
 
     # -- requests --------------------------------------------------------------------------
 
@@ -165,8 +180,8 @@ class LLMEngine:
         return self.inputs.tokenizer
 
     def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
-        """The tokeniser of the base model (adapters have none of their own yet)."""
-        return self.inputs.tokenizer
+        """The tokeniser of the base model, or the adapter's own when its folder has one."""
+        return self.inputs.tokenizer_of(self._check_adapter(lora_request))
 
     def add_request(
         self,
@@ -183,33 +198,35 @@ class LLMEngine:
             raise ValueError(f"request_id must be a string, not {request_id!r}")
         if request_id in self._requests:
             raise ValueError(f"request {request_id} is running already")
+        params = params if params is not None else SamplingParams()
+        self.inputs.check(prompt, params, lora_request)
         request = self.inputs.process(
             request_id,
             prompt,
-            params if params is not None else SamplingParams(),
+            params,
             lora_request,
+            self._check_adapter(lora_request),
             self.runner.config.max_model_len,
             add_special_tokens,
         )
         if arrival_time is not None:
             request.metrics.arrival_time = arrival_time
-        self._check_adapter(request)
         for index in range(request.params.n):
             sequence = self._sequence(request, index)
             request.sequences.append(sequence)
             self.scheduler.add(sequence)
         self._requests[request_id] = request
 
-    def _check_adapter(self, request: RequestState) -> None:
-        lora_request = request.lora_request
+    def _check_adapter(self, lora_request: LoRARequest | None) -> AdapterVersion | None:
+        """The version that would act now; reads it if need be."""
         if lora_request is None:
-            return
+            return None
         if self.lora is None:
             raise ValueError(
-                f"request {request.request_id} names adapter {lora_request.lora_name!r}, but the "
-                "engine was made without enable_lora=True"
+                f"the request names adapter {lora_request.lora_name!r}, but the engine was made "
+                "without enable_lora=True"
             )
-        self.lora.check(lora_request)
+        return self.lora.check(lora_request)
 
     def _sequence(self, request: RequestState, index: int) -> Sequence:
         seed = request.params.seed
@@ -220,7 +237,23 @@ class LLMEngine:
         limit = self.model_config.rope.length_dependent_from
         rope_length = len(tokens) if limit is not None and len(tokens) > limit else 0
         detokenizer = self.inputs.detokenizer(request)
-        return Sequence(request, index, mixed, tokens, len(tokens), rope_length, detokenizer)
+        acts_from = self._acts_from(request)
+        return Sequence(
+            request, index, mixed, tokens, len(tokens), rope_length, acts_from, detokenizer
+        )
+
+    def _acts_from(self, request: RequestState) -> int | None:
+        """Where in the prompt the adapter begins to act: at once, or an activated LoRA where its
+        invocation tokens come for the last time. None: nowhere.
+        """
+        if request.lora_request is None or self.lora is None:
+            return 0
+        wanted = list(self.lora.version(request.lora_request.lora_int_id).invocation_tokens)
+        if not wanted:
+            return 0
+        prompt, count = request.prompt_token_ids, len(wanted)
+        starts = range(len(prompt) - count, -1, -1)
+        return next((at for at in starts if prompt[at : at + count] == wanted), None)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """Ends requests at once; unknown ids are passed over, as they may have just finished."""
@@ -287,7 +320,7 @@ class LLMEngine:
             sequence = entry.sequence
             if not sequence.finished:
                 if prompt_logprobs is not None:
-                    record_prompt_logprobs(entry, prompt_logprobs, first, self.inputs.tokenizer)
+                    record_prompt_logprobs(entry, prompt_logprobs, first)
                 if entry.sample and tokens is not None:
                     sequence.in_flight -= 1
                     self._append(sequence, int(tokens[index]), logprobs, index)
@@ -300,7 +333,6 @@ class LLMEngine:
             token,
             logprobs,
             index,
-            self.inputs.tokenizer,
             self.runner.config.max_model_len,
         )
         if reason is None:
@@ -353,7 +385,7 @@ class LLMEngine:
         return self._manager().remove_adapter(lora_id)
 
     def _require_nobody_waits(self, lora_id: int, verb: str) -> None:
-        requests = (sequence.request.lora_request for sequence in self.scheduler.waiting)
+        requests = (sequence.lora_request for sequence in self.scheduler.waiting)
         waiting = sum(one is not None and one.lora_int_id == lora_id for one in requests)
         if waiting:
             raise AdapterInUseError(
@@ -375,11 +407,19 @@ class LLMEngine:
         return True
 
 
-def _with_dtype(config: LoRAConfig | None, model: ModelConfig) -> LoRAConfig | None:
-    """The limits with lora_dtype "auto" made the model's."""
-    if config is None or config.lora_dtype != "auto":
+def _lora_config(args: EngineArgs, model: ModelConfig) -> LoRAConfig | None:
+    """The limits, with the model's dtype for "auto", and with what lora_modules need."""
+    config = args.lora_config()
+    if config is None:
+        return None
+    if config.lora_dtype == "auto":
+        config = dataclasses.replace(config, lora_dtype=model.dtype)
+    if not args.lora_modules:
         return config
-    return dataclasses.replace(config, lora_dtype=model.dtype)
+    modules = ModuleMap(model)
+    base = None if args.load_format == "dummy" else BaseWeights(model, args.model, args.revision)
+    loader = AdapterLoader(modules, UNLIMITED, base)
+    return fitted(config, (loader.load(request)[0] for request in args.lora_modules), modules)
 
 
 def _mesh(shards: int) -> Mesh:

@@ -19,7 +19,6 @@ def record_token(
     token: int,
     logprobs: TokenLogprobs | None,
     index: int,
-    tokenizer: Any,
     max_model_len: int,
 ) -> Reason | None:
     """Appends a sampled token; why the sequence is finished by it, or None.
@@ -32,7 +31,7 @@ def record_token(
     if request.metrics.first_token_time is None:
         request.metrics.first_token_time = time.time()
     if params.logprobs is not None and logprobs is not None:
-        entry = _logprobs(token, logprobs, index, params.logprobs, tokenizer)
+        entry = _logprobs(token, logprobs, index, params.logprobs, request.tokenizer)
         sequence.logprobs.append(entry)
         sequence.cumulative_logprob += entry[token].logprob
     count = len(sequence.tokens) - sequence.num_prompt
@@ -64,9 +63,7 @@ def _logprobs(
     }
 
 
-def record_prompt_logprobs(
-    entry: Entry, logprobs: TokenLogprobs, first: int, tokenizer: Any
-) -> None:
+def record_prompt_logprobs(entry: Entry, logprobs: TokenLogprobs, first: int) -> None:
     """Takes the part of a prompt's log-probabilities that a step has computed.
 
     first: the row of the entry's first token.
@@ -80,7 +77,7 @@ def record_prompt_logprobs(
         if position < sequence.num_prompt and position == len(request.prompt_logprobs):
             token = sequence.tokens[position]
             request.prompt_logprobs.append(
-                _logprobs(token, logprobs, first + offset, top, tokenizer)
+                _logprobs(token, logprobs, first + offset, top, request.tokenizer)
             )
 
 

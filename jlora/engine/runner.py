@@ -41,11 +41,19 @@ from jlora.engine.state import (
     admission,
     admit,
     empty_state,
+    last_slots,
     pack_batch,
     token_view,
 )
 from jlora.kernels import Implementation
-from jlora.model import AXIS, LoadedModel, RowPool, StepContext, rope_cos_sin
+from jlora.model import (
+    AXIS,
+    AdapterState,
+    LoadedModel,
+    StepContext,
+    TokenAdapters,
+    rope_cos_sin,
+)
 
 logger = logging.getLogger(__name__)
 # XLA's rematerialisation counts a donated KV cache again for each kernel that updates it in place,
@@ -117,7 +125,7 @@ class ModelRunner:
         pool: AdapterPool | None,
     ) -> None:
         """Allocates the KV cache and the rows of the sequences."""
-        self.graph, self.params, self._param_specs = model
+        self.graph, self.params, self._param_specs = model.graph, model.params, model.specs
         self.model_config, self.config, self.mesh, self.pool = model_config, config, mesh, pool
         self._replicated = NamedSharding(mesh, PartitionSpec())
         shards = mesh.shape[AXIS]
@@ -143,17 +151,17 @@ class ModelRunner:
         last = jnp.maximum(view.cu_q_lens[1:] - 1, 0)
         return kv, hidden[last], hidden
 
-    def _context(
-        self, view: TokenView, batch: Array, pool: dict[str, RowPool] | None
-    ) -> StepContext:
+    def _adapters(self, pool: AdapterState | None, slots: Array) -> TokenAdapters | None:
+        if pool is None:
+            return None
+        return TokenAdapters.of(pool, slots, self.config.implementation)
+
+    def _context(self, view: TokenView, batch: Array, pool: AdapterState | None) -> StepContext:
         config, model = self.config, self.model_config
         ropes = tuple(
             rope_cos_sin(rope, model.head_dim, view.positions, view.rope_lengths)
             for rope in model.ropes
         )
-        routing = None
-        if pool is not None:
-            routing = kernels.lora_routing(view.slots, implementation=config.implementation)
         return StepContext(
             ropes=ropes,
             destinations=view.destinations,
@@ -163,15 +171,25 @@ class ModelRunner:
             num_seqs=view.num_seqs,
             pages_per_layer=config.num_pages,
             implementation=config.implementation,
-            routing=routing,
-            pool=pool,
+            adapters=self._adapters(pool, view.slots),
         )
 
     def _sample(
-        self, params: Any, hidden: Array, state: SeqState, batch: Array, *, variant: Variant
+        self,
+        params: Any,
+        pool: AdapterState | None,
+        hidden: Array,
+        state: SeqState,
+        batch: Array,
+        *,
+        variant: Variant,
     ) -> tuple[SeqState, Array, TokenLogprobs | None]:
-        """-> state with the new tokens in the histories, tokens [seqs], log-probabilities."""
-        logits = nnx.merge(self.graph, params).logits(hidden)
+        """-> state with the new tokens in the histories, tokens [seqs], log-probabilities.
+
+        pool: None when no adapter of the step changes the output matrix.
+        """
+        adapters = self._adapters(pool, last_slots(batch))
+        logits = nnx.merge(self.graph, params).logits(hidden, adapters)
         tokens, logprobs = sample(logits, state, batch, variant, self.config.max_logprobs)
         rows = jnp.where(batch[:, SAMPLE] > 0, batch[:, ROW], self.config.max_num_seqs)
         history = state.tokens.at[rows, batch[:, KV_LEN]].set(tokens, mode="drop")
@@ -179,7 +197,7 @@ class ModelRunner:
         return SeqState(**fields), tokens, logprobs
 
     def _prompt_logprobs(
-        self, params: Any, hidden: Array, state: SeqState, batch: Array
+        self, params: Any, pool: AdapterState | None, hidden: Array, state: SeqState, batch: Array
     ) -> TokenLogprobs:
         """The log-probability of what follows each token of the step."""
         model, tokens = nnx.merge(self.graph, params), hidden.shape[0]
@@ -188,19 +206,28 @@ class ModelRunner:
         padding = -tokens % chunk
         hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
         targets = jnp.pad(view.next_tokens, (0, padding)).reshape(-1, chunk)
+        none = kernels.NO_ADAPTER
+        slots = jnp.pad(view.slots, (0, padding), constant_values=none).reshape(-1, chunk)
 
-        def one(inputs: tuple[Array, Array]) -> TokenLogprobs:
-            return token_logprobs(model.logits(inputs[0]), inputs[1], self.config.max_logprobs)
+        def one(inputs: tuple[Array, Array, Array]) -> TokenLogprobs:
+            logits = model.logits(inputs[0], self._adapters(pool, inputs[2]))
+            return token_logprobs(logits, inputs[1], self.config.max_logprobs)
 
-        chunks = jax.lax.map(one, (hidden, targets))
+        chunks = jax.lax.map(one, (hidden, targets, slots))
         return jax.tree.map(lambda x: x.reshape(tokens + padding, *x.shape[2:])[:tokens], chunks)
 
     # -- compiling -------------------------------------------------------------------------
 
-    def _specs(self, lora: bool) -> tuple[Any, ...]:
-        everywhere = PartitionSpec()
-        pool = self.pool.specs if lora and self.pool is not None else None
-        return self._param_specs, pool, self._kv_spec, everywhere, everywhere
+    def _pool(self, lora: bool) -> tuple[AdapterState | None, AdapterState | None]:
+        """What a step with or without adapters is given of the pool, and how it is divided."""
+        if not lora or self.pool is None:
+            return None, None
+        return self.pool.state, self.pool.specs
+
+    @property
+    def _adapts_vocabulary(self) -> bool:
+        """Whether adapters may change the logits other than by the hidden state."""
+        return self.pool is not None and self.pool.adapts_vocabulary
 
     def _sharded(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(
@@ -211,7 +238,9 @@ class ModelRunner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
-        """key: ("forward", tokens, lora), ("sample", seqs, variant), ("prompt", tokens), admit."""
+        """key: ("forward", tokens, lora), ("sample", seqs, variant, lora), ("prompt", tokens,
+        lora) or ("admit",); lora: whether the pool is given to it.
+        """
         params, state, kv, dtype = self.params, self.state, self.kv, self.model_config.dtype
         everywhere, width = PartitionSpec(), self.model_config.hidden_size
         arguments: tuple[Any, ...]
@@ -224,22 +253,24 @@ class ModelRunner:
         match key:
             case ("forward", tokens, lora):
                 function = functools.partial(self._forward, tokens=tokens)
-                specs = self._specs(lora)
+                pool, pool_specs = self._pool(lora)
+                specs = (param_specs, pool_specs, self._kv_spec, everywhere, everywhere)
                 mapped = self._sharded(function, specs, (self._kv_spec, everywhere, everywhere))
-                pool = self.pool.rows if lora and self.pool is not None else None
                 arguments = (params, pool, kv, state, batch(self.config.seq_bucket(tokens)))
                 lowered = jax.jit(mapped, donate_argnums=(2,)).lower(*arguments)
-            case ("sample", seqs, variant):
+            case ("sample", seqs, variant, lora):
                 function = functools.partial(self._sample, variant=variant)
-                specs = (param_specs, everywhere, everywhere, everywhere)
+                pool, pool_specs = self._pool(lora)
+                specs = (param_specs, pool_specs, everywhere, everywhere, everywhere)
                 mapped = self._sharded(function, specs, everywhere)
-                arguments = (params, self._array((seqs, width), dtype), state, batch(seqs))
-                lowered = jax.jit(mapped, donate_argnums=(2,)).lower(*arguments)
-            case ("prompt", tokens):
-                specs = (param_specs, everywhere, everywhere, everywhere)
+                arguments = (params, pool, self._array((seqs, width), dtype), state, batch(seqs))
+                lowered = jax.jit(mapped, donate_argnums=(3,)).lower(*arguments)
+            case ("prompt", tokens, lora):
+                pool, pool_specs = self._pool(lora)
+                specs = (param_specs, pool_specs, everywhere, everywhere, everywhere)
                 mapped = self._sharded(self._prompt_logprobs, specs, everywhere)
                 rows = batch(self.config.seq_bucket(tokens))
-                arguments = (params, self._array((tokens, width), dtype), state, rows)
+                arguments = (params, pool, self._array((tokens, width), dtype), state, rows)
                 lowered = jax.jit(mapped).lower(*arguments)
             case _:
                 new, at = admission([], self.config.max_num_seqs, self.config.history)
@@ -254,11 +285,12 @@ class ModelRunner:
         tokens = self.config.token_buckets
         seqs = sorted({self.config.seq_bucket(count) for count in tokens})
         lora = (False, True) if self.pool is not None else (False,)
+        vocab = (False, True) if self._adapts_vocabulary else (False,)
         return [
             ("admit",),
             *(("forward", count, on) for count in reversed(tokens) for on in lora),
-            *(("sample", count, variant) for count in seqs for variant in VARIANTS),
-            *(("prompt", count) for count in tokens),
+            *(("sample", n, variant, on) for n in seqs for variant in VARIANTS for on in vocab),
+            *(("prompt", count, on) for count in tokens for on in vocab),
         ]
 
     def warm_up(self, progress: bool = True) -> None:
@@ -301,16 +333,18 @@ class ModelRunner:
         seqs = config.seq_bucket(tokens)
         batch = self._put(pack_batch(plan, seqs, config.max_pages))
         lora = self.pool is not None and any(entry.sequence.slot >= 0 for entry in plan.entries)
-        pool = self.pool.rows if lora and self.pool is not None else None
+        vocab = lora and self._adapts_vocabulary
+        pool, head = self._pool(lora)[0], self._pool(vocab)[0]
         forward = self.compiled("forward", tokens, lora)
         self.kv, last, hidden = forward(self.params, pool, self.kv, self.state, batch)
         prompt = None
         if prompt_logprobs:
-            prompt = self.compiled("prompt", tokens)(self.params, hidden, self.state, batch)
+            score = self.compiled("prompt", tokens, vocab)
+            prompt = score(self.params, head, hidden, self.state, batch)
         sampled, logprobs = None, None
         if any(entry.sample for entry in plan.entries):
-            sampler = self.compiled("sample", seqs, variant)
-            self.state, sampled, logprobs = sampler(self.params, last, self.state, batch)
+            sampler = self.compiled("sample", seqs, variant, vocab)
+            self.state, sampled, logprobs = sampler(self.params, head, last, self.state, batch)
         for array in jax.tree.leaves((sampled, logprobs, prompt)):
             array.copy_to_host_async()
         return StepResult(plan.entries, sampled, logprobs, prompt)

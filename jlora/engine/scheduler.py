@@ -7,7 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from jlora.engine.kv_pages import PageAllocator, page_hash, root_hash
+from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.sequence import Sequence, Status
 from jlora.manager import WorkerLoRAManager
 
@@ -48,10 +48,15 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        restarts_above: int | None = None,
     ) -> None:
-        """lora: gives slots to the sequences that start to run."""
+        """lora: gives slots to the sequences that start to run.
+
+        restarts_above: a sequence that grows longer is computed anew (ModelConfig.restarts_above).
+        """
         self.pages, self.lora = pages, lora
         self.max_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
+        self.restarts_above = restarts_above
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -73,8 +78,12 @@ class Scheduler:
         in_flight: a step is dispatched and not collected, so nothing can be preempted. A plan
         may be empty.
         """
-        if in_flight and self._pages_wanted() > self.pages.num_free:
+        outgrown = [sequence for sequence in self.running if self._outgrown(sequence)]
+        if in_flight and (outgrown or self._pages_wanted() > self.pages.num_free):
             return None
+        for sequence in outgrown:
+            sequence.rope_length = sequence.length
+            self._preempt(sequence)
         plan, budget, preemptions = Plan([], []), self.max_tokens, self.num_preemptions
         index = 0
         while index < len(self.running) and budget > 0:
@@ -92,6 +101,11 @@ class Scheduler:
                 self.lora.manager.touch(entry.sequence.adapter_id)
         plan.entries.sort(key=lambda entry: entry.sequence.slot)  # fewer tiles in the kernels
         return plan
+
+    def _outgrown(self, sequence: Sequence) -> bool:
+        """Whether its keys are turned as those of a short sequence, which it no longer is."""
+        limit = self.restarts_above
+        return limit is not None and sequence.rope_length == 0 and sequence.length > limit
 
     def _runnable(self, sequence: Sequence) -> int:
         """Tokens that could run now; 0 for a sequence that only waits for its last token."""
@@ -116,6 +130,7 @@ class Scheduler:
         """Preempts from the end until the sequence has its pages; False when it went itself."""
         while (need := self._new_pages(sequence, count)) > self.pages.num_free:
             victim = self.running[-1]
+            logger.debug("no free KV pages: preempts %s", victim.request.request_id)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -164,9 +179,8 @@ class Scheduler:
             self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
 
     def _acquire_slot(self, sequence: Sequence) -> bool:
-        request = sequence.request.lora_request
+        request = sequence.lora_request
         if request is None or self.lora is None:
-            sequence.root = root_hash("", sequence.rope_length)
             return True
         try:
             slot = self.lora.acquire(request)
@@ -177,7 +191,7 @@ class Scheduler:
             return False
         sequence.slot = slot
         # Not earlier: its files may have changed while the request waited.
-        sequence.root = root_hash(self.lora.identity(request.lora_int_id), sequence.rope_length)
+        sequence.adapter_identity = self.lora.identity(request.lora_int_id)
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:
@@ -189,7 +203,7 @@ class Scheduler:
         """Gives a waiting sequence pages and a row; returns its first tokens, 0 for no room."""
         size, total = self.pages.page_size, len(sequence.tokens)
         limit = 0 if sequence.request.params.prompt_logprobs is not None else total - 1
-        known, hashes = self.pages.find(sequence.root, sequence.tokens, limit)
+        known, hashes = self.pages.find(sequence.prefix, sequence.tokens, limit)
         count = min(total - len(known) * size, budget)
         need = -(-(len(known) * size + count) // size) - len(known)
         if need > self.pages.num_free_without(known):
@@ -212,8 +226,8 @@ class Scheduler:
         size = self.pages.page_size
         full = min(sequence.num_computed, len(sequence.tokens)) // size
         for index in range(len(sequence.hashes), min(full, len(sequence.pages))):
-            parent = sequence.hashes[-1] if sequence.hashes else sequence.root
-            name = page_hash(parent, sequence.tokens[index * size : (index + 1) * size])
+            parent, start = sequence.hashes[-1] if sequence.hashes else None, index * size
+            name = sequence.prefix.page_hash(parent, start, sequence.tokens[start : start + size])
             sequence.hashes.append(name)
             self.pages.register(sequence.pages[index], name)
 
@@ -222,7 +236,6 @@ class Scheduler:
         sequence.status, sequence.num_computed, sequence.hashes = Status.WAITING, 0, []
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
-        logger.debug("preempted %s: no free KV pages", sequence.request.request_id)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

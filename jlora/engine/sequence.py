@@ -5,8 +5,10 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from jlora.engine.detokenizer import Detokenizer
+from jlora.engine.kv_pages import Prefix
 from jlora.request import (
     Logprob,
     Logprobs,
@@ -30,7 +32,8 @@ class Sequence:
 
     tokens: prompt and known output. num_computed: positions whose KV is written by the steps
     dispatched so far. in_flight: sampled tokens that the host has not read yet. rope_length: see
-    kv_pages.root_hash. root: of the adapter's version that acts, so known when it starts to run.
+    kv_pages.Prefix. acts_from: the position from which on the adapter acts, None when it never
+    does. adapter_identity: of the version that acts, so known when it starts to run.
     """
 
     request: RequestState
@@ -39,13 +42,14 @@ class Sequence:
     tokens: list[int]
     num_prompt: int
     rope_length: int
+    acts_from: int | None
     detokenizer: Detokenizer | None
     status: Status = Status.WAITING
     num_computed: int = 0
     in_flight: int = 0
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
-    root: bytes = b""
+    adapter_identity: str = ""
     row: int = -1
     slot: int = -1
     passes: int = 0  # sequences that have started before it while it waited for a slot
@@ -58,10 +62,19 @@ class Sequence:
     reported_end: bool = False
 
     @property
+    def lora_request(self) -> LoRARequest | None:
+        """The adapter that acts in this sequence, if one does."""
+        return None if self.acts_from is None else self.request.lora_request
+
+    @property
     def adapter_id(self) -> int | None:
-        """Of the request's adapter."""
-        lora_request = self.request.lora_request
-        return None if lora_request is None else lora_request.lora_int_id
+        """Its id."""
+        return None if self.lora_request is None else self.lora_request.lora_int_id
+
+    @property
+    def prefix(self) -> Prefix:
+        """What its pages depend on besides the tokens."""
+        return Prefix(self.rope_length, self.adapter_identity, self.acts_from or 0)
 
     @property
     def length(self) -> int:
@@ -106,6 +119,7 @@ class RequestState:
     lora_request: LoRARequest | None
     max_tokens: int
     stop_ids: frozenset[int]
+    tokenizer: Any = None
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None

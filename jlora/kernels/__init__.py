@@ -1,10 +1,11 @@
-"""Arrays in, arrays out: LoRA matmuls and paged attention, with a definition and two backends."""
+"""Arrays in, arrays out: LoRA and expert matmuls, paged attention; a definition, two backends."""
 
 from jlora.kernels.attention import token_sequences
 from jlora.kernels.dispatch import (
     IMPLEMENTATIONS,
     Implementation,
     default_implementation,
+    grouped_matmul,
     kv_page_shape,
     lora_expand,
     lora_routing,
@@ -23,6 +24,7 @@ __all__ = [
     "SlotTable",
     "default_implementation",
     "dot_precision",
+    "grouped_matmul",
     "kv_page_shape",
     "lora_expand",
     "lora_routing",

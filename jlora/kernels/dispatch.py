@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.kernels import attention, attention_gpu, attention_tpu, lora, lora_gpu, lora_tpu
+from jlora.kernels import (
+    attention,
+    attention_gpu,
+    attention_tpu,
+    grouped,
+    grouped_gpu,
+    grouped_tpu,
+    lora,
+    lora_gpu,
+    lora_tpu,
+)
 from jlora.kernels.lora import LoRARouting, SlotTable
 
 Implementation = Literal["xla", "gpu", "tpu"]
@@ -105,6 +115,31 @@ def lora_expand(
             )
         case _:
             return lora.lora_expand_xla(y, h, b, layer, routing, slots, part_widths)
+
+
+def grouped_matmul(
+    x: Float[Array, "rows d_in"],
+    w: Float[Array, "experts d_in d_out"],
+    group_sizes: Int[Array, " experts"],
+    *,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Float[Array, "rows d_out"]:
+    """x[r] @ w[expert of row r], for rows sorted by expert.
+
+    group_sizes: int32, the rows of each expert, zero or more; they sum to `rows` at most.
+    w: in x's dtype, or in what `storage_dtype` makes of it.
+    Sums are float32, the result has x's dtype. An expert without rows is not read, and what an
+    expert or a row holds stays with its own rows: NaN and infinity do not spread to others. The
+    rows past the sum of the sizes are padding: they may hold anything, and their result is 0.
+    """
+    match _resolve(implementation):
+        case "gpu":
+            return grouped_gpu.grouped_matmul_gpu(x, w, group_sizes, interpret=interpret)
+        case "tpu":
+            return grouped_tpu.grouped_matmul_tpu(x, w, group_sizes, interpret=interpret)
+        case _:
+            return grouped.grouped_matmul_xla(x, w, group_sizes)
 
 
 def storage_dtype(dtype: Any, *, implementation: Implementation | None = None) -> jnp.dtype:

@@ -75,7 +75,7 @@ def _count(ends: Int[Array, " n"], index: Int[Array, " m"]) -> Int[Array, " m"]:
     return jnp.sum(ends[None] <= index[:, None], axis=1, dtype=jnp.int32)
 
 
-def _check_dtypes(**arrays) -> None:
+def check_dtypes(**arrays) -> None:
     for name, array in arrays.items():
         if array.dtype not in (jnp.bfloat16, jnp.float32):
             raise NotImplementedError(
@@ -149,7 +149,7 @@ def lora_shrink_tpu(
     interpret: bool | object = False,
 ) -> Float[Array, "1 tokens max_blocks parts rank"]:
     """See `jlora.kernels.lora_shrink`."""
-    _check_dtypes(x=x, a=a)
+    check_dtypes(x=x, a=a)
     (tokens, d_in), (_, _, parts, rank, _) = x.shape, a.shape
     _check_rank(rank)
     max_blocks, tile, group = slots.blocks.shape[1], min(routing.tile, tokens), LANES // rank
@@ -270,7 +270,7 @@ def lora_expand_tpu(
     interpret: bool | object = False,
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. In place when y is donated."""
-    _check_dtypes(y=y, b=b)
+    check_dtypes(y=y, b=b)
     (tokens, d_out), (_, _, max_blocks, parts, rank) = y.shape, h.shape
     _check_rank(rank)
     tile, width, group = min(routing.tile, tokens), min(COLUMN_TILE, d_out), LANES // rank

@@ -1,6 +1,15 @@
 """Adapters on the host: reading, registry, LRU, pins, slots, rank blocks. Imports no jax."""
 
-from jlora.manager.blocks import BlockPool, BlockWrite, SlotMap, blocks_needed
+from jlora.manager.blocks import (
+    BlockPool,
+    BlockWrite,
+    SlotMap,
+    blocks_needed,
+    pool_rows,
+    row_blocks,
+)
+from jlora.manager.features import FeatureWrite, feature_rows, no_features
+from jlora.manager.loader import AdapterLoader
 from jlora.manager.lora_model import (
     LoRALayerWeights,
     LoRAModel,
@@ -8,15 +17,26 @@ from jlora.manager.lora_model import (
     VocabRows,
 )
 from jlora.manager.manager import LoRAModelManager
-from jlora.manager.peft_config import PEFTHelper, other_base_model
-from jlora.manager.requirements import options_for
-from jlora.manager.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from jlora.manager.mixture import LoRAMixture
+from jlora.manager.peft import PEFTHelper
+from jlora.manager.requirements import UNLIMITED, fitted
+from jlora.manager.worker_manager import (
+    AdapterVersion,
+    LRUCacheWorkerLoRAManager,
+    WorkerLoRAManager,
+)
 
 __all__ = [
+    "UNLIMITED",
+    "AdapterLoader",
+    "AdapterVersion",
+    "BaseWeight",
     "BlockPool",
     "BlockWrite",
+    "FeatureWrite",
     "LRUCacheWorkerLoRAManager",
     "LoRALayerWeights",
+    "LoRAMixture",
     "LoRAModel",
     "LoRAModelManager",
     "PEFTHelper",
@@ -25,6 +45,9 @@ __all__ = [
     "VocabRows",
     "WorkerLoRAManager",
     "blocks_needed",
-    "options_for",
-    "other_base_model",
+    "feature_rows",
+    "fitted",
+    "no_features",
+    "pool_rows",
+    "row_blocks",
 ]

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
 import ml_dtypes
 import numpy as np
 
-from jlora.config import LORA_BLOCK_RANK
+from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.manager.lora_model import LoRALayerWeights, LoRAModel, PackedLoRALayerWeights
 from jlora.projections import ModuleMap, Projection
 
+if TYPE_CHECKING:
+    from jlora.manager.mixture import LoRAMixture
+
+# What adapters take on the device: identity of an adapter -> row of the pool -> blocks.
+Needs = Mapping[str, Mapping[str, int]]
+
+
+def pool_rows(modules: ModuleMap, config: LoRAConfig) -> tuple[Projection, ...]:
+    """The rows of the table that have a place in the pool: those that the options reserve."""
+    layers = [row for row in modules.projections if not row.experts or config.lora_expert_blocks]
+    return (*layers, *(modules.wide_vocab_projections if config.enable_lora_embeddings else ()))
+
+
+def row_blocks(row: Projection, config: LoRAConfig) -> int:
+    """Rank blocks of a row of the pool."""
+    return config.lora_expert_blocks if row.experts else config.pool_blocks
+
 
 class BlockPool:
-    """Free list and reference counts of the rank blocks of one projection."""
+    """Free list of the rank blocks of one projection."""
 
     def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._references = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -23,27 +44,16 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks with one reference each; the caller has looked at num_free."""
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
-            self._references[block] = 1
-        return blocks
+        """Takes `count` blocks; the caller has looked at num_free."""
+        return [self._free.pop() for _ in range(count)]
 
-    def share(self, blocks: list[int]) -> None:
-        """One reference more to each."""
-        for block in blocks:
-            self._references[block] += 1
-
-    def release(self, blocks: list[int]) -> None:
-        """One reference less to each; those without any are free."""
-        for block in blocks:
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free.append(block)
+    def release(self, blocks: Iterable[int]) -> None:
+        """Gives blocks back."""
+        self._free += blocks
 
 
 class SlotMap:
-    """Which blocks of one projection each slot holds, as the kernels read it.
+    """Which blocks of one projection each slot lists, as the kernels read it.
 
     blocks: int32 [slots, max_blocks]. counts: int32 [slots]. scales: float32 [slots, max_blocks].
     """
@@ -53,11 +63,13 @@ class SlotMap:
         self.counts = np.zeros(slots, np.int32)
         self.scales = np.ones((slots, max_blocks), np.float32)
 
-    def set(self, slot: int, blocks: list[int]) -> None:
-        """The slot holds exactly these, each with scale 1."""
-        self.blocks[slot] = 0
-        self.blocks[slot, : len(blocks)] = blocks
-        self.counts[slot] = len(blocks)
+    def set(self, slot: int, blocks: list[int], scales: list[float] | None = None) -> None:
+        """The slot lists exactly these, each with its scale (1 when None)."""
+        count = len(blocks)
+        self.blocks[slot], self.scales[slot] = 0, 1
+        self.blocks[slot, :count] = blocks
+        self.scales[slot, :count] = scales if scales is not None else 1
+        self.counts[slot] = count
 
     def get(self, slot: int) -> list[int]:
         """The blocks of a slot."""
@@ -68,40 +80,73 @@ class BlockWrite:
     """One rank block to be written: rows `first_rank` and on of an adapter's projection."""
 
     def __init__(
-        self, lora: LoRAModel, modules: ModuleMap, projection: Projection, block: int, index: int
+        self,
+        lora: LoRAModel,
+        modules: ModuleMap,
+        projection: Projection,
+        block: int,
+        index: int,
+        layer: int | None = None,
     ) -> None:
-        """block: where in the pool; index: which block of the adapter, from 0."""
+        """block: where in the pool; index: which block of the adapter, from 0.
+
+        layer: the only one that is written; None: all.
+        """
         self.lora, self.modules, self.projection = lora, modules, projection
         self.block, self.first_rank = block, index * LORA_BLOCK_RANK
+        self.layer = layer
+
+    @classmethod
+    def all(
+        cls, lora: LoRAModel, modules: ModuleMap, projection: Projection, blocks: list[int]
+    ) -> list[BlockWrite]:
+        """The writes of an adapter's blocks in a row; of experts, whose blocks are large, a layer
+        at a time.
+        """
+        layers = range(modules.num_layers) if projection.experts else (None,)
+        return [
+            cls(lora, modules, projection, block, index, layer)
+            for index, block in enumerate(blocks)
+            for layer in layers
+        ]
 
     def arrays(self, shards: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the device needs to fill the block, in the adapter's own dtype.
 
-        Returns a [layers, parts, rank, d_in], b [layers, stored width, rank] (rows placed for
-        `shards` devices; the device transposes), and each part's scale [layers, parts], float32.
+        Returns a [layers, experts, parts, rank, d_in], b [layers, experts, stored width, rank]
+        (rows placed for `shards` devices; the device transposes), and each part's scale [layers,
+        experts, parts], float32. experts is 1 for a row that has none.
         """
-        packed = packed_layers(self.lora, self.modules, self.projection)
-        parts = self.projection.parts
-        widths = [part.width for part in parts]
-        starts = np.cumsum([0, *widths])
-        layers = [part for layer in packed for part in layer.parts if part is not None]
-        dtype = staging_dtype(layers)
-        rank = LORA_BLOCK_RANK
-        a = np.zeros((len(packed), len(parts), rank, self.projection.d_in), dtype)
-        b = np.zeros((len(packed), int(starts[-1]), rank), dtype)
-        scales = np.ones((len(packed), len(parts)), np.float32)
+        row, rank = self.projection, LORA_BLOCK_RANK
+        packed = packed_layers(self.lora, self.modules, row, self.layer)
+        starts = np.cumsum([0, *(part.width for part in row.parts)])
+        dtype = staging_dtype(
+            [part for layer in packed for one in layer for part in one.parts if part is not None]
+        )
+        count, experts, parts = len(packed), len(packed[0]), len(row.parts)
+        a = np.zeros((count, experts, parts, rank, row.d_in), dtype)
+        b = np.zeros((count, experts, int(starts[-1]), rank), dtype)
+        scales = np.ones((count, experts, parts), np.float32)
         rows = slice(self.first_rank, self.first_rank + rank)
-        for index, layer in enumerate(packed):
-            for part, weights in enumerate(layer.parts):
-                if weights is None:
-                    continue
-                piece = weights.lora_a[rows]
-                a[index, part, : len(piece)] = piece
-                b[index, starts[part] : starts[part + 1], : len(piece)] = weights.lora_b[:, rows]
-                scales[index, part] = weights.scaling
+        for layer, expert, part, weights in _parts(packed):
+            lora_a, lora_b = weights.lora_a[rows], weights.lora_b[:, rows]
+            a[layer, expert, part, : len(lora_a), : lora_a.shape[1]] = lora_a
+            start = starts[part]
+            b[layer, expert, start : start + len(lora_b), : lora_b.shape[1]] = lora_b
+            scales[layer, expert, part] = weights.scaling
         if shards > 1:
-            b = b[:, self.projection.columns(shards)]
+            b = b[:, :, row.columns(shards)]
         return a, b, scales
+
+
+def _parts(
+    packed: list[list[PackedLoRALayerWeights]],
+) -> Iterable[tuple[int, int, int, LoRALayerWeights]]:
+    for layer, experts in enumerate(packed):
+        for expert, one in enumerate(experts):
+            for part, weights in enumerate(one.parts):
+                if weights is not None:
+                    yield layer, expert, part, weights
 
 
 def staging_dtype(layers: list[LoRALayerWeights]) -> np.dtype:
@@ -115,27 +160,51 @@ def staging_dtype(layers: list[LoRALayerWeights]) -> np.dtype:
 
 
 def packed_layers(
-    lora: LoRAModel, modules: ModuleMap, projection: Projection
-) -> list[PackedLoRALayerWeights]:
-    """An adapter's weights of one projection, layer by layer."""
+    lora: LoRAModel, modules: ModuleMap, projection: Projection, layer: int | None = None
+) -> list[list[PackedLoRALayerWeights]]:
+    """An adapter's weights of one projection, [layers][experts] (one expert where there are none).
+
+    layer: only this one.
+    """
+    if not projection.per_layer:
+        layers: Iterable[int] = (0,)
+    else:
+        layers = range(modules.num_layers) if layer is None else (layer,)
     return [
-        PackedLoRALayerWeights.pack(
-            f"model.layers.{layer}.{projection.module}.{projection.name}",
-            [
-                lora.get_lora(modules.name(projection, part, layer))
-                for part in range(len(projection.parts))
-            ],
-        )
-        for layer in range(modules.num_layers)
+        [
+            _packed(lora, modules, projection, one, expert)
+            for expert in range(projection.experts or 1)
+        ]
+        for one in layers
     ]
 
 
+def _packed(
+    lora: LoRAModel, modules: ModuleMap, projection: Projection, layer: int, expert: int
+) -> PackedLoRALayerWeights:
+    names = [modules.name(projection, part, layer, expert) for part in range(len(projection.parts))]
+    return PackedLoRALayerWeights.pack(names[0], [lora.get_lora(name) for name in names])
+
+
 def blocks_needed(lora: LoRAModel, modules: ModuleMap) -> dict[str, int]:
-    """Rank blocks an adapter takes in each projection; 0 where it changes nothing."""
+    """Rank blocks an adapter takes in each projection; none where it changes nothing."""
     if lora.blocks_needed is None:
-        ranks = {
-            row.name: max(layer.rank for layer in packed_layers(lora, modules, row))
-            for row in modules.projections
+        rows = (*modules.projections, *modules.vocab_projections)
+        ranks = dict.fromkeys((row.name for row in rows), 0)
+        for module, weights in lora.loras.items():
+            place = modules.place(module)
+            assert place is not None  # the reader has looked
+            name = place.projection.name
+            ranks[name] = max(ranks[name], weights.rank)
+        lora.blocks_needed = {
+            name: -(-rank // LORA_BLOCK_RANK) for name, rank in ranks.items() if rank
         }
-        lora.blocks_needed = {name: -(-rank // LORA_BLOCK_RANK) for name, rank in ranks.items()}
     return lora.blocks_needed
+
+
+def most_blocks(adapter: LoRAModel | LoRAMixture, modules: ModuleMap) -> int:
+    """The most rank blocks that an adapter takes in any projection."""
+    taken: Counter[str] = Counter()
+    for lora, _ in adapter.components:
+        taken.update(blocks_needed(lora, modules))
+    return max(taken.values(), default=0)

@@ -36,6 +36,7 @@ class LoRAModel:
         vocab_rows: dict[str, VocabRows] | None = None,
         added_tokens: int = 0,
         invocation_tokens: tuple[int, ...] = (),
+        base_model_name: str | None = None,
         tensor_counts: dict[str, int] | None = None,
         expert_blocks: int = 0,
     ) -> None:
@@ -44,7 +45,8 @@ class LoRAModel:
         biases: module -> what its bias is instead of the base's, [d_out]. vocab_rows: by
         "embed_tokens", "lm_head". added_tokens: ids from the base's vocabulary size on that the
         adapter knows too. invocation_tokens: the adapter acts from their last occurrence in the
-        prompt on (an activated LoRA); none: everywhere. tensor_counts: how many tensors of the
+        prompt on (an activated LoRA); none: everywhere. base_model_name: what it was trained on.
+        tensor_counts: how many tensors of the
         file went to each row of the projection table ("bias": biases of modules). expert_blocks:
         rank blocks that the experts of all layers take.
         """
@@ -55,14 +57,35 @@ class LoRAModel:
         self.vocab_rows = vocab_rows or {}
         self.added_tokens = added_tokens
         self.invocation_tokens = invocation_tokens
+        self.base_model_name = base_model_name
         self.tensor_counts = tensor_counts or {}
         self.expert_blocks = expert_blocks
         self.blocks_needed: dict[str, int] | None = None  # see blocks.blocks_needed
         self.identity = identity or f"id:{lora_model_id}"
 
+    @property
+    def key(self) -> str:
+        """Names this adapter in this version."""
+        return f"{self.id}:{self.identity}"
+
+    @property
+    def components(self) -> tuple[tuple[LoRAModel, float], ...]:
+        """Itself, with weight 1: what a mixture has several of."""
+        return ((self, 1.0),)
+
     def get_lora(self, module_name: str) -> LoRALayerWeights | None:
         """The weights for a module ("model.layers.0.self_attn.q_proj"), or None."""
         return self.loras.get(module_name)
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA."""
+        return any(layer.magnitude is not None for layer in self.loras.values())
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether it adds to biases, or has its own."""
+        return bool(self.biases) or any(layer.bias is not None for layer in self.loras.values())
 
     @property
     def needs(self) -> dict[str, int | bool]:
@@ -142,6 +165,7 @@ class LoRAModel:
             vocab_rows=parts.vocab_rows,
             added_tokens=parts.added_tokens,
             invocation_tokens=helper.invocation_tokens,
+            base_model_name=helper.base_model_name,
             tensor_counts=parts.tensor_counts,
             expert_blocks=expert_blocks(parts.loras, source.modules),
         )

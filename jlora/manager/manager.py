@@ -7,16 +7,36 @@ written before the next step; the engine's runner does the writing.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterInUseError
-from jlora.manager.blocks import BlockPool, BlockWrite, SlotMap, blocks_needed
+from jlora.manager.blocks import (
+    BlockPool,
+    BlockWrite,
+    Needs,
+    SlotMap,
+    blocks_needed,
+    pool_rows,
+    row_blocks,
+)
+from jlora.manager.features import FeatureWrite, feature_writes, full_row, is_full, no_features
 from jlora.manager.lora_model import LoRAModel
+from jlora.manager.mixture import Adapter
 from jlora.projections import ModuleMap
 
 logger = logging.getLogger(__name__)
+Write = BlockWrite | FeatureWrite
+
+
+@dataclass
+class _Resident:
+    """An adapter whose blocks are on the device, by row; `slots` slots list them."""
+
+    blocks: dict[str, list[int]]
+    slots: int = 0
 
 
 class LoRAModelManager:
@@ -29,18 +49,26 @@ class LoRAModelManager:
     def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
         """Starts empty: no adapter, all slots and blocks free."""
         self.modules, self.lora_config = modules, lora_config
-        self._adapters: OrderedDict[int, LoRAModel] = OrderedDict()
+        self._adapters: OrderedDict[int, Adapter] = OrderedDict()
         self._slots: OrderedDict[int, int] = OrderedDict()  # adapter -> slot, by last use
+        self._listed: dict[int, Adapter] = {}  # slot -> the adapter in it
+        self._resident: dict[str, _Resident] = {}  # by LoRAModel.key
         self._free_slots = set(range(self.lora_slots))
         self._pinned: set[int] = set()
         self._users: dict[int, int] = {}
-        rows = modules.projections
-        self.pools = {row.name: BlockPool(lora_config.pool_blocks) for row in rows}
-        self.slot_maps = {
-            row.name: SlotMap(self.lora_slots, lora_config.max_blocks) for row in rows
+        self.rows = {row.name: row for row in pool_rows(modules, lora_config)}
+        self.pools = {
+            name: BlockPool(row_blocks(row, lora_config)) for name, row in self.rows.items()
         }
-        self._writes: list[BlockWrite] = []
-        self.version = 0  # changes whenever slot_maps do
+        if lora_config.max_lora_full_weights:
+            for row in modules.vocab_projections:
+                self.pools[full_row(row.name)] = BlockPool(lora_config.max_lora_full_weights)
+        self.slot_maps = {
+            name: SlotMap(self.lora_slots, lora_config.max_blocks) for name in self.rows
+        }
+        self.features = no_features(self.lora_slots)
+        self._writes: list[Write] = []
+        self.version = 0  # changes whenever slot_maps or features do
 
     # -- what is there --------------------------------------------------------------------
 
@@ -62,11 +90,11 @@ class LoRAModelManager:
             ids[slot] = adapter_id
         return ids
 
-    def list_adapters(self) -> dict[int, LoRAModel]:
+    def list_adapters(self) -> dict[int, Adapter]:
         """The adapters on the host, least recently used first."""
         return dict(self._adapters)
 
-    def get_adapter(self, adapter_id: int) -> LoRAModel | None:
+    def get_adapter(self, adapter_id: int) -> Adapter | None:
         """The adapter, if it is on the host; its turn in the LRU order is unchanged."""
         return self._adapters.get(adapter_id)
 
@@ -108,7 +136,7 @@ class LoRAModelManager:
         """Whether one more adapter can be added, by eviction if need be."""
         return len(self._adapters) < self.capacity or any(map(self._evictable, self._adapters))
 
-    def add_adapter(self, lora: LoRAModel) -> bool:
+    def add_adapter(self, lora: Adapter) -> bool:
         """Registers an adapter; False when its id is there already.
 
         Evicts the least recently used adapter when the host is full; raises AdapterInUseError
@@ -129,14 +157,14 @@ class LoRAModelManager:
         self._adapters[lora.id] = lora
         return True
 
-    def replace_adapter(self, lora: LoRAModel) -> None:
+    def replace_adapter(self, lora: Adapter) -> None:
         """Puts another version in the place of a registered adapter; it keeps its pin.
 
         Raises AdapterInUseError, and changes nothing, while running requests use the old version
         or when a pinned one would no longer fit.
         """
         pinned = lora.id in self._pinned
-        needs = {lora.id: blocks_needed(lora, self.modules)}
+        needs = {lora.id: self.needs(lora)}
         if pinned and lora.id not in self._users and not self.fits(needs, beside=self.held):
             raise AdapterInUseError(
                 f"the new version of pinned adapter {lora.id} takes more rank blocks than adapters "
@@ -170,44 +198,75 @@ class LoRAModelManager:
         """Whether a slot is free or can be made so."""
         return bool(self._free_slots) or any(map(self._evictable, self._slots))
 
-    def fits(self, needs: Mapping[int, Mapping[str, int]], beside: set[int]) -> bool:
+    def needs(self, adapter: Adapter) -> Needs:
+        """What an adapter takes on the device."""
+        return {lora.key: self._needs_of(lora) for lora, _ in adapter.components}
+
+    def _needs_of(self, lora: LoRAModel) -> dict[str, int]:
+        full = {
+            full_row(which): 1
+            for which, rows in lora.vocab_rows.items()
+            if is_full(rows, self.lora_config)
+        }
+        return blocks_needed(lora, self.modules) | full
+
+    def _needs_in(self, slot: int) -> Needs:
+        return {
+            lora.key: {
+                name: len(blocks) for name, blocks in self._resident[lora.key].blocks.items()
+            }
+            for lora, _ in self._listed[slot].components
+        }
+
+    def fits(self, needs: Mapping[int, Needs], beside: set[int]) -> bool:
         """Whether adapters can be active at once when, of the others, only `beside` stay.
 
-        needs: what `blocks_needed` says of each of them. beside: adapters that are active now;
-        those that are in needs too count as needs says.
+        needs: of each of them. beside: adapters that are active now; those that are in needs too
+        count as needs says.
         """
         others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
         if len(others) + len(needs) > self.lora_slots:
             return False
-        return all(
-            sum(one[name] for one in needs.values()) + int(slot_map.counts[others].sum())
-            <= self.lora_config.pool_blocks
-            for name, slot_map in self.slot_maps.items()
-        )
+        together: dict[str, Mapping[str, int]] = {}
+        for one in (*map(self._needs_in, others), *needs.values()):
+            together |= one
+        taken = _sum(together.values())
+        return all(count <= self._size(name) for name, count in taken.items())
+
+    def _size(self, name: str) -> int:
+        return self.pools[name].num_blocks if name in self.pools else 0
 
     def can_activate(self, adapter_id: int) -> bool:
         """Whether `activate_adapter` would succeed now."""
         if adapter_id in self._slots:
             return True
-        lora = self._adapters.get(adapter_id)
-        return lora is not None and self.can_place(blocks_needed(lora, self.modules))
+        adapter = self._adapters.get(adapter_id)
+        return adapter is not None and self.can_place(self.needs(adapter))
 
-    def can_place(self, needs: Mapping[str, int]) -> bool:
+    def can_place(self, needs: Needs) -> bool:
         """Whether an adapter that is not active and takes these blocks could be so now."""
         return self._victims(needs) is not None
 
-    def _victims(self, needs: Mapping[str, int]) -> list[int] | None:
+    def _victims(self, needs: Needs) -> list[int] | None:
         """The least recently used adapters that must leave their slots; None if it cannot be."""
-        missing = {name: count - self.pools[name].num_free for name, count in needs.items()}
+        missing = _sum(one for key, one in needs.items() if key not in self._resident)
+        missing.subtract({name: self._free(name) for name in list(missing)})
+        slots = {key: one.slots for key, one in self._resident.items()}
         need_slot, victims = not self._free_slots, []
         for adapter_id in filter(self._evictable, self._slots):
-            if not need_slot and max(missing.values()) <= 0:
+            if not need_slot and max(missing.values(), default=0) <= 0:
                 break
             victims.append(adapter_id)
             need_slot = False
-            for name, slot_map in self.slot_maps.items():
-                missing[name] -= int(slot_map.counts[self._slots[adapter_id]])
-        return None if need_slot or max(missing.values()) > 0 else victims
+            for lora, _ in self._listed[self._slots[adapter_id]].components:
+                slots[lora.key] -= 1
+                if slots[lora.key] == 0 and lora.key not in needs:
+                    blocks = self._resident[lora.key].blocks
+                    missing.subtract({name: len(one) for name, one in blocks.items()})
+        return None if need_slot or max(missing.values(), default=0) > 0 else victims
+
+    def _free(self, name: str) -> int:
+        return self.pools[name].num_free if name in self.pools else 0
 
     def activate_adapter(self, adapter_id: int) -> bool:
         """Gives a registered adapter a slot and blocks; False when it has them already.
@@ -218,31 +277,63 @@ class LoRAModelManager:
         if adapter_id in self._slots:
             self.touch(adapter_id)
             return False
-        lora = self._adapters[adapter_id]
-        needs = blocks_needed(lora, self.modules)
-        victims = self._victims(needs)
+        adapter = self._adapters[adapter_id]
+        victims = self._victims(self.needs(adapter))
         if victims is None:
             raise AdapterInUseError(
                 f"no slot or rank blocks for adapter {adapter_id}: the adapters in the "
                 f"{self.lora_slots} slots are pinned or in use; raise max_loras or remove one"
             )
+        keys = [lora.key for lora, _ in adapter.components]
+        there = [key for key in keys if key in self._resident]
+        for key in there:  # so that no victim takes them along
+            self._resident[key].slots += 1
         for victim in victims:
             self.deactivate_adapter(victim)
             logger.info("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
         slot = min(self._free_slots)  # as vLLM
         self._free_slots.remove(slot)
-        for row in self.modules.projections:
-            blocks = self.pools[row.name].allocate(needs[row.name])
-            self.slot_maps[row.name].set(slot, blocks)
-            self._writes += [
-                BlockWrite(lora, self.modules, row, block, index)
-                for index, block in enumerate(blocks)
-            ]
+        for lora, _ in adapter.components:
+            if lora.key not in there:
+                self._place(lora)
+        self._fill(slot, adapter)
         self._slots[adapter_id] = slot
-        self.version += 1
         self.touch(adapter_id)
-        logger.info("activated adapter %d in slot %d (rank %d)", adapter_id, slot, lora.rank)
+        logger.info("activated adapter %d in slot %d (rank %d)", adapter_id, slot, adapter.rank)
         return True
+
+    def _place(self, lora: LoRAModel) -> None:
+        """Gives an adapter blocks, to be written."""
+        needs = {name: count for name, count in self._needs_of(lora).items() if count}
+        blocks = {name: self.pools[name].allocate(count) for name, count in needs.items()}
+        self._resident[lora.key] = _Resident(blocks, slots=1)
+        for name, row in self.rows.items():
+            self._writes += BlockWrite.all(lora, self.modules, row, blocks.get(name, []))
+
+    def _fill(self, slot: int, adapter: Adapter) -> None:
+        """Lists the adapter's blocks in the slot, and its features."""
+        self._listed[slot] = adapter
+        for name, slot_map in self.slot_maps.items():
+            blocks: list[int] = []
+            scales: list[float] = []
+            for lora, weight in adapter.components:
+                own = self._resident[lora.key].blocks.get(name, [])
+                blocks += own
+                scales += [weight] * len(own)
+            slot_map.set(slot, blocks, scales)
+        self.features[slot] = no_features(self.lora_slots)[-1]
+        if isinstance(adapter, LoRAModel):
+            mine = self._resident[adapter.key].blocks
+            full = {
+                row.name: mine[full_row(row.name)][0]
+                for row in self.modules.vocab_projections
+                if full_row(row.name) in mine
+            }
+            self.features[slot], writes = feature_writes(
+                adapter, self.modules, self.lora_config, slot, full
+            )
+            self._writes += writes
+        self.version += 1
 
     def deactivate_adapter(self, adapter_id: int) -> bool:
         """Frees the adapter's slot and blocks, pinned or not; False when it has none.
@@ -258,12 +349,24 @@ class LoRAModelManager:
         if slot is None:
             return False
         self._pinned.discard(adapter_id)
-        for name, slot_map in self.slot_maps.items():
-            self.pools[name].release(slot_map.get(slot))
+        gone = [lora for lora, _ in self._listed.pop(slot).components if self._drop(lora)]
+        for slot_map in self.slot_maps.values():
             slot_map.set(slot, [])
+        self.features[slot] = self.features[-1]
         self._free_slots.add(slot)
-        self._writes = [write for write in self._writes if write.lora.id != adapter_id]
+        self._writes = [write for write in self._writes if write.lora not in gone]
         self.version += 1
+        return True
+
+    def _drop(self, lora: LoRAModel) -> bool:
+        """One slot less lists the adapter's blocks; True when they are free now."""
+        resident = self._resident[lora.key]
+        resident.slots -= 1
+        if resident.slots:
+            return False
+        for name, blocks in resident.blocks.items():
+            self.pools[name].release(blocks)
+        del self._resident[lora.key]
         return True
 
     def pin_adapter(self, adapter_id: int) -> bool:
@@ -291,7 +394,14 @@ class LoRAModelManager:
         if self._users[adapter_id] == 0:
             del self._users[adapter_id]
 
-    def take_writes(self) -> list[BlockWrite]:
-        """The blocks to write before the next step, once."""
+    def take_writes(self) -> list[Write]:
+        """What to write before the next step, in this order, once."""
         writes, self._writes = self._writes, []
         return writes
+
+
+def _sum(needs: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for one in needs:
+        total.update(one)
+    return total

@@ -192,6 +192,16 @@ def file_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def content_identity(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Names an adapter in memory by what it holds."""
+    digest = hashlib.blake2b(repr(sorted(config.items(), key=str)).encode(), digest_size=16)
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return f"memory:{digest.hexdigest()}"
+
+
 def largest_rank(path: str) -> int:
     """The largest rank that the configuration of an adapter folder or Hub repository names."""
     adapter = f"adapter {path}"

@@ -193,14 +193,11 @@ class PEFTHelper:
                 raise AdapterError(f"{adapter}: {one} and {other} exclude each other, as in PEFT")
 
 
-def other_base_model(helper: PEFTHelper, model: str) -> bool:
-    """Whether the adapter names another base model than this one (a path or a repository).
+def other_base_model(name: str, model: str) -> bool:
+    """Whether an adapter that names its base model (a path or a repository) means another one.
 
-    The same last component is the same model: a copy in another folder. Without a name: False.
+    The same last component is the same model: a copy in another folder.
     """
-    name = helper.base_model_name
-    if name is None or name == model:
-        return False
     return name.rstrip("/").rsplit("/", 1)[-1] != model.rstrip("/").rsplit("/", 1)[-1]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.errors import AdapterError
@@ -16,6 +14,7 @@ from jlora.projections import ModuleMap
 
 if TYPE_CHECKING:
     from jlora.manager.lora_model import LoRAModel
+    from jlora.manager.mixture import LoRAMixture
 
 # Up to so many changed rows of the vocabulary are rows of a slot by default, above whole matrices.
 TOKEN_ROWS_AT_MOST = 1024
@@ -35,17 +34,13 @@ UNLIMITED = LoRAConfig(
 
 
 def expert_blocks(loras: Mapping[str, LoRALayerWeights], modules: ModuleMap) -> int:
-    """Rank blocks that an adapter takes in the experts of all layers, in the row with the most."""
-    ranks: dict[tuple[str, int, int], int] = {}
+    """Rank blocks that an adapter takes in the experts; one is of all experts in all layers."""
+    ranks = [0]
     for name, layer in loras.items():
         place = modules.place(name)
         if place is not None and place.projection.experts:
-            key = (place.projection.name, place.layer, place.expert)
-            ranks[key] = max(ranks.get(key, 0), layer.rank)
-    rows: Counter[str] = Counter()
-    for (row, _, _), rank in ranks.items():
-        rows[row] += -(-rank // LORA_BLOCK_RANK)
-    return max(rows.values(), default=0)
+            ranks.append(layer.rank)
+    return -(-max(ranks) // LORA_BLOCK_RANK)
 
 
 def needs(lora: LoRAModel) -> dict[str, int | bool]:
@@ -60,7 +55,7 @@ def needs(lora: LoRAModel) -> dict[str, int | bool]:
         "enable_lora_dora": any(layer.magnitude is not None for layer in layers),
         "enable_lora_bias": bool(lora.biases) or any(layer.bias is not None for layer in layers),
         "enable_lora_embeddings": any(name in (EMBED, HEAD) for name in lora.loras),
-        "max_lora_token_rows": len(np.unique(np.concatenate(ids))) if ids else 0,
+        "max_lora_token_rows": max(map(len, ids), default=0),
         "lora_extra_vocab_size": lora.added_tokens,
         "lora_expert_blocks": lora.expert_blocks,
     }
@@ -80,8 +75,25 @@ def check_reserved(lora: LoRAModel, config: LoRAConfig, name: str) -> None:
             )
 
 
+def fitted(
+    config: LoRAConfig, adapters: Iterable[LoRAModel | LoRAMixture], modules: ModuleMap
+) -> LoRAConfig:
+    """The config with what these adapters need besides."""
+    from jlora.manager.blocks import most_blocks  # which knows LoRAModel, which knows this
+
+    listed = list(adapters)
+    parts = [lora for adapter in listed for lora, _ in adapter.components]
+    options = options_for(parts)
+    together = max((most_blocks(adapter, modules) for adapter in listed), default=0)
+    rank = max(config.max_lora_rank, options.get("max_lora_rank", 0))
+    if together > -(-rank // LORA_BLOCK_RANK):
+        options["max_lora_blocks"] = max(together, config.max_lora_blocks or 0)
+    larger = {name: max(getattr(config, name) or 0, value) for name, value in options.items()}
+    return dataclasses.replace(config, **larger)
+
+
 def options_for(adapters: Iterable[LoRAModel]) -> dict[str, Any]:
-    """The smallest options of LoRAConfig with which each of the adapters can be served.
+    """The smallest options of LoRAConfig with which all of the adapters can be served at once.
 
     More than TOKEN_ROWS_AT_MOST rows of the vocabulary are served as whole matrices.
     """
@@ -89,6 +101,9 @@ def options_for(adapters: Iterable[LoRAModel]) -> dict[str, Any]:
     for adapter in adapters:
         for option, value in needs(adapter).items():
             if option == "max_lora_token_rows" and value > TOKEN_ROWS_AT_MOST:
-                options["max_lora_full_weights"], value = 1, 0
-            options[option] = max(options.get(option, type(value)()), value)
+                options["max_lora_full_weights"] += 1
+                continue
+            before = options.get(option, type(value)())
+            together = before + value if option == "lora_expert_blocks" else max(before, value)
+            options[option] = together
     return options

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +13,12 @@ import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError, AdapterInUseError
-from jlora.manager.blocks import blocks_needed
-from jlora.manager.lora_model import LoRALayerWeights, LoRAModel
+from jlora.manager.blocks import Needs
+from jlora.manager.loader import AdapterLoader, same_words, source
+from jlora.manager.lora_model import BaseWeight, LoRAModel
 from jlora.manager.manager import LoRAModelManager
-from jlora.manager.peft import file_identity, resolve_adapter_path
+from jlora.manager.mixture import Adapter
+from jlora.manager.weights import LoRALayerWeights
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
 
@@ -26,28 +26,41 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Version:
+class AdapterVersion:
     """What an adapter id stands for, from the last time it was loaded.
 
-    path: as the request spelled it. source: the same, whatever the spelling. needs: see
-    `blocks_needed`.
+    request: that loaded it. source: what it named, whatever the spelling. folder: of its files,
+    if it has any. needs: what it takes on the device. added_tokens, invocation_tokens: see
+    LoRAModel.
     """
 
-    path: str
+    request: LoRARequest
     source: str
-    folder: Path
+    folder: Path | None
     identity: str
-    needs: Mapping[str, int]
+    needs: Needs
+    added_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
 
 
-_Loaded = tuple[LoRAModel, _Version]
+_Loaded = tuple[Adapter, AdapterVersion]
 
 
 class WorkerLoRAManager:
     """Serves the adapters that a step names; those that the step does not name are forgotten."""
 
-    def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
-        """Starts without adapters. Raises ValueError for a target module the model has not."""
+    def __init__(
+        self,
+        modules: ModuleMap,
+        lora_config: LoRAConfig,
+        base_weight: BaseWeight | None = None,
+        model_name: str | None = None,
+    ) -> None:
+        """Starts without adapters. Raises ValueError for a target module the model has not.
+
+        base_weight: reads a tensor of the base's checkpoint, for adapters that bring one along.
+        model_name: of the base; adapters that name another one are warned of.
+        """
         known = {part.name for row in modules.projections for part in row.parts}
         unknown = sorted(set(lora_config.target_modules or ()) - known)
         if unknown:
@@ -57,7 +70,8 @@ class WorkerLoRAManager:
             )
         self.modules, self.lora_config = modules, lora_config
         self.manager = LoRAModelManager(modules, lora_config)
-        self._versions: dict[int, _Version] = {}
+        self._loader = AdapterLoader(modules, lora_config, base_weight, model_name)
+        self._versions: dict[int, AdapterVersion] = {}
 
     # -- vLLM's interface ------------------------------------------------------------------
 
@@ -121,7 +135,7 @@ class WorkerLoRAManager:
             if request is None:
                 continue
             other = wanted.get(request.lora_int_id, request)
-            if _source(other) != _source(request):
+            if source(other) != source(request):
                 raise AdapterError(
                     f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
                     f"{other.lora_path} in the same step, not {request.lora_path}; use another id"
@@ -135,10 +149,10 @@ class WorkerLoRAManager:
 
     # -- the engine's interface ------------------------------------------------------------
 
-    def check(self, request: LoRARequest) -> str:
+    def check(self, request: LoRARequest) -> AdapterVersion:
         """Makes sure, before a request is admitted, that its adapter can be served.
 
-        Reads it (keeping it on the host when there is room). Returns the version's identity.
+        Reads it (keeping it on the host when there is room). Returns the version that there is.
         """
         adapter_id = request.lora_int_id
         known = self._known(request)
@@ -148,10 +162,10 @@ class WorkerLoRAManager:
             self._require_room(request, self._needs(adapter_id, loaded))
             self._put(request, loaded)
         else:
-            if known is None or known.identity != file_identity(self._folder(request, known)):
+            if known is None or known.identity != self._identity_now(request, known):
                 self._versions[adapter_id] = self._load(request)[1]
             self._require_room(request, self._versions[adapter_id].needs)
-        return self.identity(adapter_id)
+        return self._versions[adapter_id]
 
     def acquire(self, request: LoRARequest) -> int | None:
         """A slot for a request that starts to run, or None when it must wait for others to end.
@@ -174,10 +188,13 @@ class WorkerLoRAManager:
                 return None
         return manager.acquire(adapter_id)
 
+    def version(self, adapter_id: int) -> AdapterVersion:
+        """The version on the host, or else the one that was read last."""
+        return self._versions[adapter_id]
+
     def identity(self, adapter_id: int) -> str:
-        """The identity of the version on the host, or else of the one that was read last."""
-        lora = self.manager.get_adapter(adapter_id)
-        return lora.identity if lora is not None else self._versions[adapter_id].identity
+        """Of that version."""
+        return self._versions[adapter_id].identity
 
     # -- warm-up ---------------------------------------------------------------------------
 
@@ -219,23 +236,23 @@ class WorkerLoRAManager:
 
     # -- loading ---------------------------------------------------------------------------
 
-    def _known(self, request: LoRARequest) -> _Version | None:
-        """What the request's id stands for; raises AdapterError when that is another path."""
+    def _known(self, request: LoRARequest) -> AdapterVersion | None:
+        """What the request's id stands for; raises AdapterError when that is something else."""
         known = self._versions.get(request.lora_int_id)
-        if known is None or request.load_inplace or request.lora_path == known.path:
+        if known is None or request.load_inplace or same_words(request, known.request):
             return known
-        if _source(request) != known.source:
+        named = source(request)
+        if named != known.source:
             raise AdapterError(
                 f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
-                f"{known.source}, not {request.lora_path}; use another id, or remove_lora first"
+                f"{known.source}, not {named}; use another id, or remove_lora first"
             )
         return known
 
-    def _require_room(self, request: LoRARequest, needs: Mapping[str, int] | None = None) -> None:
+    def _require_room(self, request: LoRARequest, needs: Needs | None = None) -> None:
         """Raises when pinned adapters leave no slot, or not the blocks, for the adapter."""
         manager, name = self.manager, f"adapter {request.lora_name!r}"
-        nothing = dict.fromkeys(manager.pools, 0)
-        if not manager.fits({request.lora_int_id: nothing}, beside=manager.pinned):
+        if not manager.fits({request.lora_int_id: {}}, beside=manager.pinned):
             raise AdapterInUseError(
                 f"{name}: all {manager.lora_slots} slots hold pinned adapters; raise max_loras or "
                 "remove one"
@@ -246,15 +263,17 @@ class WorkerLoRAManager:
                 f"(now {self.lora_config.pool_blocks}) or remove one"
             )
 
-    def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Mapping[str, int]:
+    def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Needs:
         version = self._versions[adapter_id] if loaded is None else loaded[1]
         return version.needs
 
-    def _folder(self, request: LoRARequest, known: _Version | None) -> Path:
-        """Where the adapter lies; a Hub repository is not asked for what is known to be there."""
-        if known is not None and not request.load_inplace and known.folder.is_dir():
-            return known.folder
-        return resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
+    def _folder(self, request: LoRARequest, known: AdapterVersion | None) -> Path | None:
+        """Where its files are known to be; a Hub repository is not asked for what is there."""
+        there = known.folder if known is not None and not request.load_inplace else None
+        return there if there is not None and there.is_dir() else None
+
+    def _identity_now(self, request: LoRARequest, known: AdapterVersion | None) -> str:
+        return self._loader.identity(request, self._folder(request, known))
 
     def _read(self, request: LoRARequest) -> _Loaded | None:
         """What is to be put on the host, None when what is there will do. Changes nothing."""
@@ -264,7 +283,7 @@ class WorkerLoRAManager:
             return self._load(request)
         if not request.load_inplace:
             return None
-        if file_identity(self._folder(request, None)) == current.identity:
+        if self._identity_now(request, None) == current.identity:
             return None
         if self.manager.in_use(current.id):
             raise AdapterInUseError(
@@ -287,25 +306,22 @@ class WorkerLoRAManager:
         return True
 
     def _load(self, request: LoRARequest) -> _Loaded:
-        name, start = f"adapter {request.lora_name!r}", time.perf_counter()
-        try:
-            folder = self._folder(request, self._known(request))
-            lora = LoRAModel.from_local_checkpoint(
-                folder, request.lora_int_id, self.modules, self.lora_config, name
-            )
-        except AdapterError as error:
-            logger.warning("refused %s", error)
-            raise
-        logger.info(
-            "loaded %s (id %d, rank %d, %.1f MB) in %.0f ms",
-            name,
-            lora.id,
-            lora.rank,
-            lora.nbytes / 1e6,
-            (time.perf_counter() - start) * 1e3,
+        known = self._known(request)
+        adapter, folder = self._loader.load(request, self._folder(request, known), self._on_host)
+        plain = adapter if isinstance(adapter, LoRAModel) else None
+        return adapter, AdapterVersion(
+            request,
+            source(request),
+            folder,
+            adapter.identity,
+            self.manager.needs(adapter),
+            plain.added_tokens if plain is not None else 0,
+            plain.invocation_tokens if plain is not None else (),
         )
-        needs = blocks_needed(lora, self.modules)
-        return lora, _Version(request.lora_path, _source(request), folder, lora.identity, needs)
+
+    def _on_host(self, request: LoRARequest) -> Adapter | None:
+        """What the request names, if it is on the host already."""
+        return self.manager.get_adapter(request.lora_int_id) if self._known(request) else None
 
 
 class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
@@ -313,8 +329,3 @@ class LRUCacheWorkerLoRAManager(WorkerLoRAManager):
 
     def _forget_others(self, wanted: set[int]) -> None:
         pass
-
-
-def _source(request: LoRARequest) -> str:
-    path = os.path.expanduser(request.lora_path)
-    return os.path.realpath(path) if os.path.isdir(path) else request.lora_path

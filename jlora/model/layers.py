@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.kernels import Implementation, LoRARouting, SlotTable
+from jlora.kernels import Implementation
+from jlora.model.adapters import TokenAdapters
 from jlora.projections import Projection
 
 AXIS = "model"  # of the mesh, over which a model is divided
@@ -29,18 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["a", "b", "slots"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class RowPool:
-    """The adapters of one projection on the device (a row of the adapter pool)."""
-
-    a: Any  # [layers, blocks, parts, rank, d_in]
-    b: Any  # [layers, blocks, rank, d_out]
-    slots: SlotTable
-
-
-@functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "ropes",
@@ -49,8 +37,7 @@ class RowPool:
         "page_indices",
         "cu_q_lens",
         "num_seqs",
-        "routing",
-        "pool",
+        "adapters",
     ],
     meta_fields=["pages_per_layer", "implementation"],
 )
@@ -66,8 +53,7 @@ class StepContext:
     num_seqs: Int[Array, "1"]
     pages_per_layer: int
     implementation: Implementation
-    routing: LoRARouting | None = None  # None: nobody in this step has an adapter
-    pool: dict[str, RowPool] | None = None
+    adapters: TokenAdapters | None = None  # None: nobody in this step has one
 
 
 class RMSNorm(nnx.Module):
@@ -115,15 +101,14 @@ class LoRALinear(nnx.Module):
     ) -> Float[Array, "tokens d_out"]:
         weight = self.weight[...]
         y = jnp.dot(x, weight, precision=kernels.dot_precision(x.dtype))
-        if step.routing is not None and step.pool is not None:
-            pool = step.pool[self.name]
-            options = {"implementation": step.implementation}
-            h = kernels.lora_shrink(
-                x.astype(pool.a.dtype), pool.a, layer, step.routing, pool.slots, **options
-            )
-            y = kernels.lora_expand(
-                y, h, pool.b, layer, step.routing, pool.slots, self.part_widths, **options
-            )
+        adapters = step.adapters
+        if adapters is None:
+            y = jax.lax.psum(y, AXIS) if self.sums else y
+            return y if self.bias is None else y + self.bias[...]
+        row = adapters.state.rows[self.name]
+        y = adapters.add_delta(y, x, row, layer, self.part_widths)
         if self.sums:  # the adapter's partial sums ride on the base's own all-reduce
             y = jax.lax.psum(y, AXIS)
-        return y if self.bias is None else y + self.bias[...]
+        y = adapters.rescale(y, row, layer)
+        y = y if self.bias is None else y + self.bias[...]
+        return adapters.add_bias(y, row, layer)

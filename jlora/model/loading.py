@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from jlora.config import ModelConfig
-from jlora.model.decoder import Decoder, stored_vocab
+from jlora.model.decoder import Decoder
 from jlora.model.layers import AXIS
+from jlora.model.vocabulary import stored_vocab
 from jlora.projections import ModuleMap, Part, Piece, Projection, layer_norms
 
 Path_ = tuple[Any, ...]
@@ -74,14 +75,33 @@ class LoadedModel(NamedTuple):
     params: Any  # nnx.State of arrays
     specs: Any  # nnx.State of PartitionSpecs
 
+    def weight(self, row: str, layer: int) -> tuple[jax.Array, PartitionSpec]:
+        """A projection's weight as it is stored, and how it is divided; also of the vocabulary."""
+
+        def find(tree: Any) -> Any:
+            match row:
+                case "embed_tokens":
+                    found = tree["embed"]
+                case "lm_head":
+                    found = tree["lm_head"] if "lm_head" in tree else tree["embed"]
+                case _:
+                    blocks = tree["layers"][layer]
+                    found = next(
+                        blocks[at][row] for at in ("attention", "mlp") if row in blocks[at]
+                    )
+            return found["weight"].get_value()
+
+        return find(self.params), find(self.specs)
+
 
 def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
     """Every parameter of `Decoder(config, shards)`."""
     modules = ModuleMap(config)
     hidden, vocab = config.hidden_size, config.vocab_size
     order = None
-    if stored_vocab(vocab, shards) != vocab:  # padding rows repeat the last one, and are cut off
-        order = np.minimum(np.arange(stored_vocab(vocab, shards)), vocab - 1)
+    stored = stored_vocab(config, shards)
+    if stored != vocab:  # what is past the vocabulary repeats the last row, and is cut off
+        order = np.minimum(np.arange(stored), vocab - 1)
 
     def whole(path: Path_, name: str, *shape: int, spec: PartitionSpec = WHOLE) -> Weight:
         return Weight(path, (Source(name, 0, shape),), shape, spec, order if spec else None)

@@ -6,6 +6,7 @@ of them: two grouped matmuls for all experts, and no capacity, nothing dropped.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.kernels import Implementation
+from jlora.model.adapters import TokenAdapters, expert_slots
 from jlora.model.layers import ACTIVATIONS, AXIS, LoRALinear, StepContext
 from jlora.projections import Projection
 
@@ -26,6 +27,7 @@ class SortedRows(NamedTuple):
     order: Int[Array, " rows"]  # token * choices + choice of each
     token: Int[Array, " rows"]
     group_sizes: Int[Array, " experts"]
+    adapters: TokenAdapters | None  # of the rows
 
 
 def route(
@@ -41,12 +43,21 @@ def route(
     return likely, chosen
 
 
-def sort_rows(chosen: Int[Array, "tokens choices"], experts: int) -> SortedRows:
-    """Sorts the rows by their expert; those of one expert stay in the tokens' order."""
+def sort_rows(
+    chosen: Int[Array, "tokens choices"], experts: int, adapters: TokenAdapters | None
+) -> SortedRows:
+    """Sorts the rows by their expert; those of one expert stay in the tokens' order, in which
+    tokens of an adapter are mostly beside each other.
+
+    adapters: of the tokens; None when none of them changes an expert.
+    """
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     group_sizes = jnp.zeros(experts, jnp.int32).at[expert].add(1)
-    return SortedRows(order, order // chosen.shape[1], group_sizes)
+    token = order // chosen.shape[1]
+    if adapters is not None:
+        adapters = adapters.of_experts(token, expert[order], experts)
+    return SortedRows(order, token, group_sizes, adapters)
 
 
 def combine(
@@ -60,37 +71,31 @@ def combine(
     return jnp.sum(mine * weights[..., None], axis=1).astype(out.dtype)
 
 
-def _grouped_matmul(
-    x: Float[Array, "rows d_in"],
-    w: Float[Array, "experts d_in d_out"],
-    group_sizes: Int[Array, " experts"],
-    implementation: Implementation,
-) -> Float[Array, "rows d_out"]:
-    """x of each group times its expert's matrix; to be kernels.grouped_matmul."""
-    del implementation
-    y = jax.lax.ragged_dot(
-        x,
-        w,
-        group_sizes,
-        precision=kernels.dot_precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype)
-
-
 class ExpertLinear(nnx.Module):
     """An expert row of the projection table: a matrix for each expert."""
 
     def __init__(self, row: Projection, shards: int, dtype: jnp.dtype) -> None:
         shape = (row.experts, row.d_in, row.stored_width(shards))
         self.weight = nnx.Param(jnp.zeros(shape, dtype))
-        self.name = row.name
+        self.name, self.experts = row.name, row.experts
+        self.part_widths = row.local_widths(shards)
 
     def __call__(
-        self, x: Float[Array, "rows d_in"], rows: SortedRows, step: StepContext
+        self,
+        x: Float[Array, "rows d_in"],
+        rows: SortedRows,
+        layer: int | Int[Array, ""],
+        step: StepContext,
     ) -> Float[Array, "rows d_out"]:
         """x: the sorted rows. A row-parallel one gives this device's part of the sum."""
-        return _grouped_matmul(x, self.weight[...], rows.group_sizes, step.implementation)
+        y = kernels.grouped_matmul(
+            x, self.weight[...], rows.group_sizes, implementation=step.implementation
+        )
+        if rows.adapters is None:
+            return y
+        pool = rows.adapters.state.rows[self.name]
+        pool = dataclasses.replace(pool, slots=expert_slots(pool.slots, self.experts))
+        return rows.adapters.add_delta(y, x, pool, layer, self.part_widths)
 
 
 class MoE(nnx.Module):
@@ -108,13 +113,20 @@ class MoE(nnx.Module):
         self, x: Float[Array, "tokens hidden"], layer: int | Int[Array, ""], step: StepContext
     ) -> Float[Array, "tokens hidden"]:
         weights, chosen = route(self.router(x, layer, step), self.choices, self.normalise)
-        rows = sort_rows(chosen, self.num_experts)
-        out = combine(self.experts(x[rows.token], rows, step), rows, weights)
+        adapters = step.adapters
+        if adapters is not None and self.experts_down.name not in adapters.state.rows:
+            adapters = None  # the engine has not reserved room for such
+        rows = sort_rows(chosen, self.num_experts, adapters)
+        out = combine(self.experts(x[rows.token], rows, layer, step), rows, weights)
         return jax.lax.psum(out, AXIS)
 
     def experts(
-        self, x: Float[Array, "rows hidden"], rows: SortedRows, step: StepContext
+        self,
+        x: Float[Array, "rows hidden"],
+        rows: SortedRows,
+        layer: int | Int[Array, ""],
+        step: StepContext,
     ) -> Float[Array, "rows hidden"]:
         """The gated MLP of each sorted row's expert; this device's part of the sum."""
-        gate, up = jnp.split(self.experts_gate_up(x, rows, step), 2, axis=-1)
-        return self.experts_down(ACTIVATIONS[self.activation](gate) * up, rows, step)
+        gate, up = jnp.split(self.experts_gate_up(x, rows, layer, step), 2, axis=-1)
+        return self.experts_down(ACTIVATIONS[self.activation](gate) * up, rows, layer, step)

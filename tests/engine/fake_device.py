@@ -52,8 +52,11 @@ class FakeLoRA:
         self.users, self.manager = Counter(), self
         self.versions: Counter[int] = Counter()  # of what each adapter's folder holds
 
-    def check(self, request: LoRARequest) -> str:
-        return self.identity(request.lora_int_id)
+    def check(self, request: LoRARequest) -> SimpleNamespace:
+        return self.version(request.lora_int_id)
+
+    def version(self, adapter: int) -> SimpleNamespace:
+        return SimpleNamespace(added_tokens=0, invocation_tokens=(), folder=None)
 
     def identity(self, adapter: int) -> str:
         return f"adapter {adapter}, version {self.versions[adapter]}"

@@ -156,7 +156,7 @@ def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
     if lora:
         slices += [
             device_bytes(array) // layers
-            for row in runner.pool.rows.values()
+            for row in runner.pool.state.rows.values()
             for array in (row.a, row.b)
         ]
     assert memory.temp_size_in_bytes < min(slices)
@@ -166,16 +166,17 @@ def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
 def test_sampling_and_admission_write_in_place(roomy, variant):
     runner = roomy.llm_engine.runner
     state = sum(map(device_bytes, jax.tree.leaves(runner.state)))
-    for key in (("sample", 8, variant), ("admit",)):
+    for key in (("sample", 8, variant, False), ("admit",)):
         assert runner.compiled(*key).memory_analysis().alias_size_in_bytes >= state
 
 
 @pytest.mark.parametrize("dtype", STAGING_DTYPES, ids=str)
 def test_a_block_is_written_in_place(roomy, dtype):
     pool = roomy.llm_engine.runner.pool
+    pool.compile()
     for row in roomy.llm_engine.modules.projections:
-        arrays = pool.rows[row.name]
-        memory = pool._writer(row, dtype).memory_analysis()
+        arrays = pool.state.rows[row.name]
+        memory = pool._executables["block", row.name, dtype].memory_analysis()
         assert memory.alias_size_in_bytes >= device_bytes(arrays.a) + device_bytes(arrays.b)
         block = sum(device_bytes(array) // array.shape[1] for array in (arrays.a, arrays.b))
         assert memory.temp_size_in_bytes <= 3 * block  # in float32, transposed, cast

@@ -9,20 +9,35 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from jlora.engine.kv_pages import PageAllocator, page_hash, root_hash
+from jlora.engine.kv_pages import PageAllocator, Prefix
 
 PAGES, SIZE = 8, 2
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
-ROOTS = st.sampled_from([root_hash("", 0), root_hash("a", 0), root_hash("a", 9)])
+ROOTS = st.sampled_from(
+    [
+        Prefix(),
+        Prefix(0, "a"),
+        Prefix(9, "a"),
+        Prefix(0, "a", 3),
+        Prefix(0, "b", 3),
+        Prefix(0, "a", 4),
+    ]
+)
 
 
 @dataclasses.dataclass(eq=False)
 class Holder:
     """A sequence: its pages hold its tokens."""
 
-    root: bytes
+    root: Prefix
     tokens: list[int]
     pages: list[int]
+
+
+def entry_of(prefix: Prefix, tokens: list[int]) -> tuple:
+    """What a page that ends with these tokens holds: the base's until the adapter acts."""
+    acts = prefix.adapter and len(tokens) > prefix.acts_from
+    return (prefix if acts else Prefix(prefix.rope_length), *tokens)
 
 
 class Pages(RuleBasedStateMachine):
@@ -44,7 +59,8 @@ class Pages(RuleBasedStateMachine):
         """The pages of the longest prefix that can be found, by the model."""
         found = []
         for end in range(SIZE, len(tokens) + 1, SIZE):
-            page = next((p for p, c in self.content.items() if c == (root, *tokens[:end])), None)
+            entry = entry_of(root, tokens[:end])
+            page = next((p for p, c in self.content.items() if c == entry), None)
             if page is None:
                 break
             found.append(page)
@@ -72,13 +88,13 @@ class Pages(RuleBasedStateMachine):
         return holder
 
     def register(self, holder):
-        name = holder.root
+        name = None
         for index in range(len(holder.tokens) // SIZE):
             part = holder.tokens[index * SIZE : (index + 1) * SIZE]
-            name = page_hash(name, part)
+            name = holder.root.page_hash(name, index * SIZE, part)
             page = holder.pages[index]
             self.pages.register(page, name)
-            entry = (holder.root, *holder.tokens[: (index + 1) * SIZE])
+            entry = entry_of(holder.root, holder.tokens[: (index + 1) * SIZE])
             if page not in self.content and entry not in self.content.values():
                 self.content[page] = entry
 
@@ -118,9 +134,9 @@ TestPages = Pages.TestCase
 
 
 def test_nothing_is_found_without_caching():
-    pages = PageAllocator(4, 2, caching=False)
-    pages.register(*pages.allocate(1), page_hash(b"", [1, 2]))
-    assert pages.find(b"", [1, 2, 3], 3) == ([], [])
+    pages, prefix = PageAllocator(4, 2, caching=False), Prefix()
+    pages.register(*pages.allocate(1), prefix.page_hash(None, 0, [1, 2]))
+    assert pages.find(prefix, [1, 2, 3], 3) == ([], [])
 
 
 def test_last_page_of_a_sequence_is_reused_first():
@@ -131,22 +147,46 @@ def test_last_page_of_a_sequence_is_reused_first():
 
 
 def test_found_page_that_is_free_again_is_not_reused_while_taken():
-    pages = PageAllocator(2, 2)
+    pages, prefix = PageAllocator(2, 2), Prefix()
     (page,) = pages.allocate(1)
-    pages.register(page, page_hash(b"r", [1, 2]))
+    pages.register(page, prefix.page_hash(None, 0, [1, 2]))
     pages.release([page])
-    found, _ = pages.find(b"r", [1, 2, 3], 2)
+    found, _ = pages.find(prefix, [1, 2, 3], 2)
     assert found == [page]
     pages.take(found)
     assert page not in pages.allocate(1)
 
 
+def chain(prefix: Prefix, tokens: list[int]) -> list[bytes]:
+    """The names of a sequence's pages of two tokens."""
+    names: list[bytes] = []
+    for start in range(0, len(tokens), 2):
+        parent = names[-1] if names else None
+        names.append(prefix.page_hash(parent, start, tokens[start : start + 2]))
+    return names
+
+
 @pytest.mark.parametrize(
-    ("one", "other"), [(("", 0), ("a", 0)), (("a", 0), ("b", 0)), (("a", 0), ("a", 100))]
+    ("one", "other"),
+    [
+        (Prefix(), Prefix(0, "a")),
+        (Prefix(0, "a"), Prefix(0, "b")),
+        (Prefix(0, "a"), Prefix(100, "a")),
+        (Prefix(0, "a", 0), Prefix(0, "a", 1)),
+    ],
 )
-def test_roots_differ(one, other):
-    assert root_hash(*one) != root_hash(*other)
+def test_pages_under_different_prefixes_differ(one, other):
+    assert not set(chain(one, [1, 2, 3, 4])) & set(chain(other, [1, 2, 3, 4]))
+
+
+@pytest.mark.parametrize(("acts_from", "shared"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (9, 3)])
+def test_pages_before_the_adapter_acts_are_the_bases(acts_from, shared):
+    tokens = [1, 2, 3, 4, 5, 6]
+    base, adapted = chain(Prefix(), tokens), chain(Prefix(0, "a", acts_from), tokens)
+    assert [one == other for one, other in zip(base, adapted, strict=True)] == [
+        index < shared for index in range(3)
+    ]
 
 
 def test_page_names_depend_on_everything_before():
-    assert page_hash(page_hash(b"r", [1]), [2]) != page_hash(page_hash(b"r", [3]), [2])
+    assert chain(Prefix(), [1, 1, 2, 2])[1] != chain(Prefix(), [3, 3, 2, 2])[1]

@@ -29,7 +29,7 @@ admitted = jax.jit(admit)
 def sequence(params: SamplingParams, prompt: list[int], output: list[int], row: int) -> Sequence:
     request = RequestState("r", None, prompt, params, None, 99, STOPS)
     tokens = [*prompt, *output]
-    return Sequence(request, 0, params.seed or 0, tokens, len(prompt), 0, None, row=row)
+    return Sequence(request, 0, params.seed or 0, tokens, len(prompt), 0, 0, None, row=row)
 
 
 def run(params, prompt=(1,), output=(), logits=LOGITS, variant=None, row=3):

@@ -1,7 +1,7 @@
 """The cases that the tests of every kernel backend share, with float64 oracles in numpy.
 
-A case is a few numbers; `draw_lora` and `draw_attention` make its inputs from a seed of its own
-(its id), and the `check_*` functions run one operation of `jlora.kernels` and compare. What the
+A case is a few numbers; `draw_lora`, `draw_attention` and so on make its inputs from a seed of its
+own (its id), and the `check_*` functions run one operation of `jlora.kernels` and compare. What the
 contracts call unspecified or unread is poisoned: with NaN where nothing may be read, with large
 finite numbers where a backend may multiply it by zero.
 """
@@ -30,6 +30,14 @@ from tests.kernels.compare import (
     assert_same_bits,
     run,
 )
+from tests.kernels.grouped_cases import (
+    GROUPED_CASES,
+    GroupedCase,
+    check_grouped,
+    draw_grouped,
+    grouped_call,
+    grouped_oracle,
+)
 from tests.kernels.lora_cases import (
     LORA_CASES,
     LoRACase,
@@ -49,6 +57,7 @@ from tests.kernels.lora_cases import (
 __all__ = [
     "ATTENTION_CASES",
     "DTYPES",
+    "GROUPED_CASES",
     "LORA_CASES",
     "NUMPY_DTYPE",
     "TOLERANCE",
@@ -56,6 +65,7 @@ __all__ = [
     "AttentionCase",
     "AttentionInputs",
     "Call",
+    "GroupedCase",
     "LoRACase",
     "LoRAInputs",
     "WriteCase",
@@ -65,14 +75,18 @@ __all__ = [
     "attention_oracle",
     "check_attention",
     "check_expand",
+    "check_grouped",
     "check_shrink",
     "check_shrink_expand",
     "check_write_kv",
     "draw_attention",
+    "draw_grouped",
     "draw_lora",
     "draw_write",
     "expand_call",
     "expand_oracle",
+    "grouped_call",
+    "grouped_oracle",
     "lora_call",
     "padded_pages",
     "run",

@@ -2,6 +2,7 @@
 
 import operator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,22 @@ def test_attention(case):
 @pytest.mark.parametrize("case", cases.WRITE_CASES, ids=by_id)
 def test_write_kv(case):
     cases.check_write_kv(case, "xla")
+
+
+@pytest.mark.parametrize("case", cases.GROUPED_CASES, ids=by_id)
+def test_grouped_matmul(case):
+    cases.check_grouped(case, "xla")
+
+
+def test_grouped_matmul_reads_only_the_experts_in_use():
+    """With weights as `storage_dtype` keeps them nothing the size of all experts is made."""
+    (case,) = (case for case in cases.GROUPED_CASES if case.id == "decode-128-experts")
+    x, w, sizes = cases.draw_grouped(case)
+    stored = w.astype(kernels.storage_dtype(w.dtype, implementation="xla"))
+    call = cases.grouped_call(case, "xla")
+    compiled = jax.jit(call.function).lower(x, stored, sizes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < stored.nbytes / 8
+    cases.assert_close(compiled(x, stored, sizes), cases.grouped_oracle(x, w, sizes), case.dtype)
 
 
 def test_what_an_adapter_holds_stays_with_its_tokens():

@@ -47,6 +47,11 @@ def test_write_kv_interpreted(case):
     cases.check_write_kv(case, "gpu", interpret=True)
 
 
+@pytest.mark.parametrize("case", cases.GROUPED_CASES, ids=by_id)
+def test_grouped_matmul_interpreted(case):
+    cases.check_grouped(case, "gpu", interpret=True)
+
+
 def _shrink(case) -> cases.Call:
     return cases.shrink_call(case, cases.draw_lora(case), "gpu")
 
@@ -64,11 +69,16 @@ def _write(case) -> cases.Call:
     return cases.write_call(case, "gpu")
 
 
+def _grouped(case) -> cases.Call:
+    return cases.grouped_call(case, "gpu")
+
+
 EVERY_CALL = [
     *(pytest.param(_shrink, case, id=f"shrink-{case.id}") for case in cases.LORA_CASES),
     *(pytest.param(_expand, case, id=f"expand-{case.id}") for case in cases.LORA_CASES),
     *(pytest.param(_attention, case, id=f"attention-{case.id}") for case in cases.ATTENTION_CASES),
     *(pytest.param(_write, case, id=f"write-{case.id}") for case in cases.WRITE_CASES),
+    *(pytest.param(_grouped, case, id=f"grouped-{case.id}") for case in cases.GROUPED_CASES),
 ]
 
 
@@ -115,6 +125,12 @@ def test_write_kv_compiled(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.GROUPED_CASES, ids=by_id)
+def test_grouped_matmul_compiled(case):
+    cases.check_grouped(case, "gpu")
+
+
+@pytest.mark.gpu
 def test_same_bits_twice():
     for case in cases.LORA_CASES:
         inputs = cases.draw_lora(case)
@@ -124,6 +140,8 @@ def test_same_bits_twice():
         cases.assert_same_bits(cases.run(_expand(case)), cases.run(_expand(case)))
     for case in cases.ATTENTION_CASES:
         cases.assert_same_bits(cases.run(_attention(case)), cases.run(_attention(case)))
+    for case in cases.GROUPED_CASES:
+        cases.assert_same_bits(cases.run(_grouped(case)), cases.run(_grouped(case)))
 
 
 LAYERS, TOKENS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, PAGES = 4, 32, 1024, 8, 2, 128, 512

@@ -8,7 +8,6 @@ import operator
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as shipped_kernel
 
 from jlora import kernels
@@ -25,18 +24,11 @@ def all_of(cases, *ids: str):
 
 
 LORA, ATTENTION, WRITE = map(all_of, (cases.LORA_CASES, cases.ATTENTION_CASES, cases.WRITE_CASES))
+GROUPED = all_of(cases.GROUPED_CASES)
 LORA_CHECKS = [cases.check_shrink, cases.check_expand, cases.check_shrink_expand]
 
 
 # ---------------------------------------------------------------------- interpreted on the CPU
-
-
-@pytest.fixture
-def races(capfd):
-    """Interpret parameters that watch for races between copies and reads; there must be none."""
-    yield pltpu.InterpretParams(detect_races=True)
-    pltpu.reset_tpu_interpret_mode_state()  # what a kernel that raised leaves behind
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 @pytest.fixture
@@ -146,14 +138,21 @@ def test_write_kv(case, races):
     cases.check_write_kv(case, "tpu", races)
 
 
+@pytest.mark.parametrize("case", GROUPED, ids=by_id)
+def test_grouped_matmul(case, races):
+    cases.check_grouped(case, "tpu", races)
+
+
 def test_float16_is_refused_by_name():
     (lora,) = (case for case in cases.LORA_CASES if case.id == "2-tokens")
     (attention,) = (case for case in cases.ATTENTION_CASES if case.id == "page-full")
     (write,) = (case for case in cases.WRITE_CASES if case.id == "scattered-float16")
+    (grouped,) = (case for case in cases.GROUPED_CASES if case.id == "mixed-float16")
     for check, case in (
         *((check, lora) for check in LORA_CHECKS),
         (cases.check_attention, attention),
         (cases.check_write_kv, write),
+        (cases.check_grouped, grouped),
     ):
         with pytest.raises(NotImplementedError, match="float16"):
             check(case, "tpu")
@@ -180,10 +179,14 @@ MODELS = {  # heads, kv_heads, head_dim, options
 }
 
 
-@pytest.fixture(params=tpu_compile.TOPOLOGIES)
-def chip(request):
-    pytest.importorskip("libtpu")
-    return request.param
+EXPERTS = {  # shapes of w: experts, d_in, d_out
+    "mixtral-8x7b-up": (8, 4096, 28672),
+    "mixtral-8x7b-down": (8, 14336, 4096),
+    "qwen3-30b-a3b-up": (128, 2048, 1536),
+    "qwen3-30b-a3b-down": (128, 768, 2048),
+    "olmoe-up": (64, 2048, 2048),
+    "olmoe-down": (64, 1024, 2048),
+}
 
 
 def lora_shapes(tokens: int, d_in: int, part_widths: tuple[int, ...]):
@@ -250,6 +253,15 @@ def test_write_kv_compiles_for_serving(model, chip):
     (_, pages, *_), new, destinations = attention_shapes(512, *MODELS[model][:3])
     write = functools.partial(kernels.write_kv, implementation="tpu")
     compiles_in_place(chip, write, pages, new, new, destinations, donated=(0,), whole=(0,))
+
+
+@pytest.mark.parametrize("tokens", [256, pytest.param(16384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_grouped_matmul_compiles_for_serving(experts, tokens, chip):
+    multiply = functools.partial(kernels.grouped_matmul, implementation="tpu")
+    shape = EXPERTS[experts]
+    x, w, sizes = S((tokens, shape[1]), BF16), S(shape, BF16), S(shape[:1], "int32")
+    compiles_in_place(chip, multiply, x, w, sizes, donated=(), whole=(1,))
 
 
 @pytest.mark.parametrize("scanned", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -327,6 +339,14 @@ def test_write_kv_compiles(case, chip):
     tpu_compile.compile_for(chip, *flat(cases.write_call(case, "tpu")))
 
 
+COMPILED_GROUPED = ("one-row", "mixed-float32", "nothing-divides", "decode-64-experts")
+
+
+@pytest.mark.parametrize("case", all_of(GROUPED, *COMPILED_GROUPED), ids=by_id)
+def test_grouped_matmul_compiles(case, chip):
+    tpu_compile.compile_for(chip, *flat(cases.grouped_call(case, "tpu")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LORA, ids=by_id)
 def test_every_lora_case_compiles(case, chip):
@@ -365,3 +385,9 @@ def test_attention_on_tpu(case):
 @pytest.mark.parametrize("case", WRITE, ids=by_id)
 def test_write_kv_on_tpu(case):
     cases.check_write_kv(case, "tpu")
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("case", GROUPED, ids=by_id)
+def test_grouped_matmul_on_tpu(case):
+    cases.check_grouped(case, "tpu")

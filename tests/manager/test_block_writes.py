@@ -32,8 +32,10 @@ def load(tensors, modules=MODULES, **config) -> LoRAModel:
 
 def writes(lora, row, shards=1, modules=MODULES):
     """The arrays of every block of a row."""
-    count = blocks_needed(lora, modules)[row.name]
-    return [BlockWrite(lora, modules, row, 9, index).arrays(shards) for index in range(count)]
+    blocks = [9] * blocks_needed(lora, modules).get(row.name, 0)
+    arrays = [one.arrays(shards) for one in BlockWrite.all(lora, modules, row, blocks)]
+    assert all(array.shape[1] == 1 for one in arrays for array in one)  # no experts
+    return [tuple(array[:, 0] for array in one) for one in arrays]
 
 
 def hf_columns(row, shards, config) -> list[int]:

@@ -193,9 +193,35 @@ def test_lora_request_refuses(arguments, parts):
     violates(lambda: LoRARequest(*arguments), *parts)
 
 
-def test_components_are_refused_by_name():
-    with pytest.raises(NotImplementedError, match="components"):
-        LoRARequest("a", 1, "p", components=[])
+PART = LoRARequest("part", 7, "p")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"components": []}, "components must be a list"),
+        ({"components": [(PART, 1.0)], "lora_path": "p"}, "give one of lora_path"),
+        ({"components": [PART]}, "must be a .LoRARequest, weight. pair"),
+        ({"components": [(PART, float("nan"))]}, "finite number, not nan"),
+        ({"components": [(PART, True)]}, "finite number, not True"),
+        ({"components": [(PART, 1), (PART, 2)]}, "component id 7 comes twice"),
+        ({"components": [(PART, 1)], "combination_type": "ties"}, "combination_type='ties'"),
+        (
+            {"components": [(LoRARequest("m", 8, components=[(PART, 1)]), 1)]},
+            "component 'm' is a mixture itself",
+        ),
+        (
+            {"components": [(LoRARequest("i", 8, "p", load_inplace=True), 1)]},
+            "'i' has load_inplace",
+        ),
+        ({"lora_tensors": {"a": 1}}, "belong together"),
+        ({"peft_config": {}, "lora_path": "p"}, "belong together"),
+        ({"lora_tensors": [1], "peft_config": {}}, "lora_tensors must be a dictionary, not list"),
+    ],
+)
+def test_mixtures_and_tensors_are_checked(options, text):
+    with pytest.raises(ValueError, match=f"adapter 'a': .*{text}"):
+        LoRARequest("a", 1, **options)
 
 
 # -- SamplingParams --------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jlora.errors import AdapterInUseError
-from jlora.manager import BlockPool, LoRAModelManager, SlotMap
+from jlora.manager import LoRAModelManager, SlotMap
+from jlora.manager.mixture import LoRAMixture, mix
 from tests.manager.adapters import (
     ATTENTION,
     MLP,
@@ -269,13 +270,15 @@ def test_too_few_blocks_are_an_error_and_evict_nothing():
 
 def test_fits_counts_slots_and_blocks():
     one = manager(1, 2, active=(1, 2), lora_pool_blocks=3, max_loras=3)
-    small, big = (dict.fromkeys(one.pools, count) for count in (1, 2))
+    small, big = ({"new": dict.fromkeys(one.pools, count)} for count in (1, 2))
+    other = {"other": small["new"]}
     assert one.fits({7: small}, beside={1, 2})
     assert not one.fits({7: big}, beside={1, 2})
     assert one.fits({7: big}, beside={1})
-    assert not one.fits({7: small, 8: small}, beside={1, 2})
+    assert not one.fits({7: small, 8: other}, beside={1, 2})
+    assert one.fits({7: small, 8: small}, beside={1})  # two that share their blocks
     assert one.fits({1: big}, beside={1, 2})  # itself in another version
-    assert not one.fits({7: {**small, "down": 4}}, beside=set())
+    assert not one.fits({7: {"new": {"down": 4}}}, beside=set())
 
 
 # -- another version -------------------------------------------------------------------------
@@ -349,15 +352,52 @@ def test_coming_back_is_written_again():
 # -- the parts -------------------------------------------------------------------------------
 
 
-def test_shared_blocks_are_free_after_the_last_release():
-    pool = BlockPool(3)
-    blocks = pool.allocate(2)
-    pool.share(blocks[:1])
-    pool.release(blocks)
-    assert pool.num_free == 2
-    assert blocks[0] not in pool.allocate(2)
-    pool.release(blocks[:1])
-    assert pool.allocate(1) == blocks[:1]
+def mixture(adapter_id, *components) -> LoRAMixture:
+    return mix(
+        adapter_id, [(lora, 0.5 + index) for index, lora in enumerate(components)], "cat", "m"
+    )
+
+
+def test_a_mixture_lists_the_blocks_of_its_components_and_copies_none():
+    one = manager(1, active=(1,), max_lora_blocks=3, max_lora_rank=32)
+    second = zeros_model(2, rank=20)
+    one.add_adapter(mixture(3, one.get_adapter(1), second))
+    one.take_writes()
+    one.activate_adapter(3)
+    first, mixed = one.slot_maps["qkv"].get(0), one.slot_maps["qkv"].get(1)
+    assert len(mixed) == 3
+    assert mixed[0] == first[0]
+    assert one.slot_maps["qkv"].scales[1].tolist() == [0.5, 1.5, 1.5]
+    assert {write.lora for write in one.take_writes()} == {second}
+
+
+def test_blocks_that_are_shared_are_free_after_the_last_slot_lists_them():
+    one = manager(1, active=(1,), max_lora_blocks=3, max_lora_rank=16, lora_pool_blocks=3)
+    one.add_adapter(mixture(3, one.get_adapter(1), zeros_model(2)))
+    one.activate_adapter(3)
+    assert free(one) == {1}
+    one.remove_adapter(1)
+    assert free(one) == {1}
+    one.remove_adapter(3)
+    assert free(one) == {3}
+
+
+def test_a_mixture_that_evicts_its_component_keeps_the_blocks():
+    one = manager(1, active=(1,), max_loras=1, max_lora_blocks=2, lora_pool_blocks=2)
+    one.take_writes()
+    one.add_adapter(mixture(3, one.get_adapter(1), zeros_model(2)))
+    one.activate_adapter(3)
+    assert one.lora_index_to_id == [3]
+    assert {write.lora.id for write in one.take_writes()} == {2}
+    assert free(one) == {0}
+
+
+def test_writes_of_a_shared_adapter_outlive_its_slot():
+    one = manager(1, active=(1,), max_lora_blocks=2, lora_pool_blocks=2, max_lora_rank=16)
+    one.add_adapter(mixture(3, one.get_adapter(1)))
+    one.activate_adapter(3)
+    one.deactivate_adapter(1)
+    assert {write.lora.id for write in one.take_writes()} == {1}
 
 
 def test_a_slot_map_forgets_what_a_slot_held():

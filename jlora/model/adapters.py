@@ -1,0 +1,166 @@
+"""What of the adapters is on the device, and what a projection does with it.
+
+With s the slot of a token, an adapted projection computes
+
+    y = m(s) * (x W + delta(s)) + bias + b(s)
+
+where delta is the LoRA product (kernels.lora_shrink, lora_expand), m is DoRA's magnitude over the
+norm of the whole weight (Liu et al. 2024, eq. 5), and b what the adapter adds to the bias. m and b
+are there only where an engine has reserved them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jlora import kernels
+from jlora.kernels import Implementation, LoRARouting, SlotTable
+from jlora.projections import Feature
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["a", "b", "slots", "magnitude", "bias"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RowPool:
+    """The adapters of one projection (a row of the adapter pool).
+
+    The blocks of a row of experts are each of all experts, so there are blocks x experts of them
+    in a and b. embed_tokens looks a up by token: there it is [blocks, vocabulary, rank].
+    """
+
+    a: Any  # [layers, blocks, parts, rank, d_in]
+    b: Any  # [layers, blocks, rank, d_out]
+    slots: SlotTable
+    magnitude: Any = None  # float32 [layers, slots + 1, d_out], the last 1; None: not reserved
+    bias: Any = None  # float32 [layers, slots + 1, d_out], the last 0; None: not reserved
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "rows"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows of embed_tokens or lm_head that the adapters in the slots have of their own."""
+
+    ids: Any  # int32 [slots + 1, rows], the tokens; -1 past the last
+    rows: Any  # [slots + 1, rows, hidden]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "features", "token_rows", "full"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class AdapterState:
+    """Everything of the adapters that a step reads.
+
+    rows: by the projection's name. features: int32 [slots + 1, features], see
+    projections.Feature. token_rows, full: by "embed_tokens" and "lm_head"; full matrices are
+    [matrices, vocabulary, hidden]. What is not reserved is not there.
+    """
+
+    rows: dict[str, RowPool]
+    features: Any
+    token_rows: dict[str, TokenRows]
+    full: dict[str, Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "routing", "features"],
+    meta_fields=["implementation"],
+)
+@dataclasses.dataclass(frozen=True)
+class TokenAdapters:
+    """The adapters of some tokens: those of a step, or those that are sampled from."""
+
+    state: AdapterState
+    routing: LoRARouting
+    features: Int[Array, "tokens features"]
+    implementation: Implementation
+
+    @classmethod
+    def of(
+        cls, state: AdapterState, slots: Int[Array, " tokens"], implementation: Implementation
+    ) -> TokenAdapters:
+        """slots: of each token, `kernels.NO_ADAPTER` for none."""
+        routing = kernels.lora_routing(slots, implementation=implementation)
+        # NO_ADAPTER is -1, and so the last row.
+        return cls(state, routing, state.features[slots], implementation)
+
+    def of_experts(
+        self, token: Int[Array, " rows"], expert: Int[Array, " rows"], experts: int
+    ) -> TokenAdapters:
+        """For rows that are each a token at one of its experts, among `experts`.
+
+        A pair of a slot and an expert is a slot of its own there: see `expert_slots`.
+        """
+        slots = self.routing.token_slots[token]
+        slots = jnp.where(slots < 0, kernels.NO_ADAPTER, slots * experts + expert)
+        routing = kernels.lora_routing(slots, implementation=self.implementation)
+        return dataclasses.replace(self, routing=routing, features=self.features[token])
+
+    def feature(self, which: Feature) -> Int[Array, " tokens"]:
+        """A column of the feature table."""
+        return self.features[:, which]
+
+    def add_delta(
+        self,
+        y: Float[Array, "tokens d_out"],
+        x: Float[Array, "tokens d_in"],
+        row: RowPool,
+        layer: int | Int[Array, ""],
+        part_widths: tuple[int, ...],
+    ) -> Float[Array, "tokens d_out"]:
+        """y plus the LoRA product."""
+        options: dict[str, Any] = {"implementation": self.implementation}
+        h = kernels.lora_shrink(
+            x.astype(row.a.dtype), row.a, layer, self.routing, row.slots, **options
+        )
+        return kernels.lora_expand(
+            y, h, row.b, layer, self.routing, row.slots, part_widths, **options
+        )
+
+    def rescale(
+        self, y: Float[Array, "tokens d_out"], row: RowPool, layer: int | Int[Array, ""]
+    ) -> Float[Array, "tokens d_out"]:
+        """y times m; y itself where magnitudes are not reserved."""
+        if row.magnitude is None:
+            return y
+        factor = _of_slot(row.magnitude, layer, self.feature(Feature.MAGNITUDE))
+        return (y.astype(jnp.float32) * factor).astype(y.dtype)
+
+    def add_bias(
+        self, y: Float[Array, "tokens d_out"], row: RowPool, layer: int | Int[Array, ""]
+    ) -> Float[Array, "tokens d_out"]:
+        """y plus b; y itself where biases are not reserved."""
+        if row.bias is None:
+            return y
+        return (y + _of_slot(row.bias, layer, self.feature(Feature.BIAS))).astype(y.dtype)
+
+
+def expert_slots(slots: SlotTable, experts: int) -> SlotTable:
+    """The table of slot * experts + expert, whose blocks are block * experts + expert."""
+    blocks = slots.blocks[:, None] * experts + jnp.arange(experts, dtype=jnp.int32)[:, None]
+    return SlotTable(
+        blocks.reshape(-1, slots.blocks.shape[1]),
+        jnp.repeat(slots.counts, experts),
+        jnp.repeat(slots.scales, experts, axis=0),
+    )
+
+
+def _of_slot(
+    values: Float[Array, "layers slots d_out"],
+    layer: int | Int[Array, ""],
+    slots: Int[Array, " tokens"],
+) -> Float[Array, "tokens d_out"]:
+    """values[layer, slots], without a copy of the layer."""
+    return values.reshape(-1, values.shape[2])[layer * values.shape[1] + slots]
