@@ -14,6 +14,7 @@ from tests.reference import (
     Reference,
     adapter_kinds,
     compare,
+    last_invocation,
     make_adapter,
     make_model,
     special_kinds,
@@ -87,6 +88,10 @@ def run_and_compare(llm, reference, adapters, seed=0, tokens=12, lengths=LENGTHS
         answer = output.outputs[0]
         assert len(answer.token_ids) == min(tokens, limit + 1 - len(prompt))
         compare(found, reference, prompt, name, answer.token_ids, answer.logprobs)
+        if name is not None and (name != "activated" or last_invocation(prompt) is not None):
+            changes = reference.logprobs(prompt, name, len(prompt))[:, :VOCAB]
+            changes = changes - reference.logprobs(prompt, None, len(prompt))
+            assert np.abs(changes).max() > 0.01, f"{name} changes nothing"
     print(f"{found.tokens} tokens, {found.ties} ties, worst logprob {found.worst_logprob:.2g}")
     assert found.differences == []
     assert found.worst_logprob < 1e-4
