@@ -18,6 +18,7 @@ from jlora.projections import ModuleMap
 
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 _CHUNK = 1 << 26  # bytes that a comparison holds at a time
+_LONGEST_NAME = 400
 
 # What may follow the module's name, and what it is. The first that fits is meant.
 _KINDS = {
@@ -71,7 +72,7 @@ def by_module(tensors: Mapping[str, TensorLike], adapter: str) -> Modules:
     """The tensors of each module. Raises for a name that is not understood, or there twice."""
     modules: Modules = {}
     for key, data in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key) if len(key) <= _LONGEST_NAME else None
         if match is None:
             raise AdapterError(
                 f"{adapter}: tensor {key[:300]!r} is not supported; expected "
