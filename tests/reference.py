@@ -87,11 +87,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,  # tied, and scaled, it would repeat its last token
         },
     ),
     "gemma3": (
         "gemma3_text",
         {
+            "initializer_range": 0.05,  # as tied embeddings are scaled, its last token wins else
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 24,
@@ -152,8 +154,8 @@ def make_model(family: str, folder: Path, seed: int = 0, **changes) -> torch.nn.
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.2)
-            elif "norm" in name:  # Gemma's multiply by 1 + weight
-                parameter.normal_(0 if model_type.startswith("gemma") else 1, 0.1)
+            elif "norm" in name:  # Gemma's multiply by 1 + weight, so by about 2
+                parameter.normal_(1, 0.1)
     model.save_pretrained(folder, max_shard_size="60KB")
     return model
 

@@ -135,8 +135,23 @@ def hf_logprobs(model, tokens):
     return torch.log_softmax(logits.double(), dim=-1).numpy()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama3.1", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama3.1", "bfloat16"),
+        ("llama3.1", "float16"),
+        ("qwen3", "bfloat16"),
+        ("qwen3", "float16"),
+        ("gemma2", "bfloat16"),
+        ("gemma3", "bfloat16"),
+        ("phi3", "bfloat16"),
+        ("granite", "bfloat16"),
+        ("olmo2", "bfloat16"),
+        ("mixtral", "bfloat16"),
+        ("qwen3-moe", "bfloat16"),
+        ("olmoe", "bfloat16"),
+    ],
+)
 def test_small_dtypes_are_as_good_as_transformers(family, dtype, tmp_path):
     """Against the same weights computed in float32: the error is at most that of transformers.
 
