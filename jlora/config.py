@@ -199,6 +199,7 @@ class ModelConfig:
     qk_norm: bool = False
     qk_norm_whole: bool = False  # with qk_norm: over all heads together, not over each
     clip_qkv: float | None = None  # q, k and v lie between minus and plus this
+    rope_restarts: bool = False  # what outgrows the short rotations starts over, all by the long
     rope_in_float32: bool = False  # turns q and k before they are cast to dtype, not after
     sliding_rope: RopeConfig | None = None  # of the layers with a window, when not `rope`
     sliding_windows: tuple[int | None, ...] = ()  # a layer; None: full attention
@@ -226,6 +227,11 @@ class ModelConfig:
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotations: of all layers, or of full and of sliding ones."""
         return (self.rope,) if self.sliding_rope is None else (self.rope, self.sliding_rope)
+
+    @property
+    def restarts_above(self) -> int | None:
+        """Sequences that grow longer than this are computed anew."""
+        return self.rope.length_dependent_from if self.rope_restarts else None
 
 
 @dataclass

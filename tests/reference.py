@@ -107,7 +107,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "phi3",
         {**rope("default", partial_rotary_factor=0.75), **PHI, "sliding_window": 24},
     ),
-    "phi3-longrope": ("phi3", {**PHI_LONGROPE, **PHI}),
+    "phi3-longrope": ("phi3", {**PHI_LONGROPE, **PHI, "original_max_position_embeddings": 96}),
     "granite": (
         "granite",
         {

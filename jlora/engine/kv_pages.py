@@ -14,7 +14,8 @@ import numpy as np
 class Prefix:
     """What the keys and values of a sequence depend on besides its tokens.
 
-    rope_length: the prompt's length where the rotation depends on it, else 0. adapter: identity
+    rope_length: the length by which its first tokens were turned (the prompt's, or that at which
+    it started over), where the rotation depends on it, else 0. adapter: identity
     of the adapter that acts, "" for none. acts_from: the position from which on it does; what is
     before is the base's.
     """

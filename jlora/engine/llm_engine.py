@@ -89,6 +89,7 @@ class LLMEngine:
             args.max_num_seqs,
             sizes.max_num_batched_tokens,
             sizes.max_model_len,
+            self.model_config.restarts_above,
         )
         self._requests: dict[str, RequestState] = {}
         self._in_flight: StepResult | None = None

@@ -48,10 +48,15 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        restarts_above: int | None = None,
     ) -> None:
-        """lora: gives slots to the sequences that start to run."""
+        """lora: gives slots to the sequences that start to run.
+
+        restarts_above: a sequence that grows longer is computed anew (ModelConfig.restarts_above).
+        """
         self.pages, self.lora = pages, lora
         self.max_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
+        self.restarts_above = restarts_above
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -73,8 +78,12 @@ class Scheduler:
         in_flight: a step is dispatched and not collected, so nothing can be preempted. A plan
         may be empty.
         """
-        if in_flight and self._pages_wanted() > self.pages.num_free:
+        outgrown = [sequence for sequence in self.running if self._outgrown(sequence)]
+        if in_flight and (outgrown or self._pages_wanted() > self.pages.num_free):
             return None
+        for sequence in outgrown:
+            sequence.rope_length = sequence.length
+            self._preempt(sequence)
         plan, budget, preemptions = Plan([], []), self.max_tokens, self.num_preemptions
         index = 0
         while index < len(self.running) and budget > 0:
@@ -92,6 +101,11 @@ class Scheduler:
                 self.lora.manager.touch(entry.sequence.adapter_id)
         plan.entries.sort(key=lambda entry: entry.sequence.slot)  # fewer tiles in the kernels
         return plan
+
+    def _outgrown(self, sequence: Sequence) -> bool:
+        """Whether its keys are turned as those of a short sequence, which it no longer is."""
+        limit = self.restarts_above
+        return limit is not None and sequence.rope_length == 0 and sequence.length > limit
 
     def _runnable(self, sequence: Sequence) -> int:
         """Tokens that could run now; 0 for a sequence that only waits for its last token."""
@@ -116,6 +130,7 @@ class Scheduler:
         """Preempts from the end until the sequence has its pages; False when it went itself."""
         while (need := self._new_pages(sequence, count)) > self.pages.num_free:
             victim = self.running[-1]
+            logger.debug("no free KV pages: preempts %s", victim.request.request_id)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -221,7 +236,6 @@ class Scheduler:
         sequence.status, sequence.num_computed, sequence.hashes = Status.WAITING, 0, []
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
-        logger.debug("preempted %s: no free KV pages", sequence.request.request_id)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

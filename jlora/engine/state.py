@@ -22,7 +22,7 @@ from jlora.engine.sequence import Sequence
 from jlora.request import MAX_LOGIT_BIAS
 
 # Columns of SeqState.ints and .floats.
-PROMPT_LEN, SEED, TOP_K, NUM_BIAS = range(4)
+PROMPT_LEN, SEED, TOP_K, NUM_BIAS, ROPE_LEN = range(5)
 TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
 # Columns of the batch; the pages follow.
 ROW, Q_LEN, KV_LEN, SLOT, ACTS_FROM, SAMPLE = range(6)
@@ -45,7 +45,7 @@ class SeqState:
     """
 
     tokens: Any  # int32 [rows, history]
-    ints: Any  # int32 [rows, 4]
+    ints: Any  # int32 [rows, 5]
     floats: Any  # float32 [rows, 6]
     bias_ids: Any  # int32 [rows, bias]
     bias_values: Any  # float32 [rows, bias]
@@ -57,7 +57,7 @@ def empty_state(rows: int, history: int) -> SeqState:
     bias = (rows, MAX_LOGIT_BIAS)
     return SeqState(
         np.zeros((rows, history), np.int32),
-        np.zeros((rows, 4), np.int32),
+        np.zeros((rows, 5), np.int32),
         np.zeros((rows, 6), np.float32),
         np.zeros(bias, np.int32),
         np.zeros(bias, np.float32),
@@ -76,7 +76,8 @@ def admission(sequences: list[Sequence], rows: int, history: int) -> tuple[SeqSt
         if params.min_tokens:
             stops = sequence.request.stop_ids
             bias += [(token, -np.inf, params.min_tokens) for token in sorted(stops)]
-        state.ints[index] = (sequence.num_prompt, sequence.seed, params.top_k, len(bias))
+        rope_len = sequence.rope_length or sequence.num_prompt
+        state.ints[index] = (sequence.num_prompt, sequence.seed, params.top_k, len(bias), rope_len)
         state.floats[index] = (
             params.temperature,
             params.top_p,
@@ -146,13 +147,12 @@ def token_view(
     first = batch[:, KV_LEN] - batch[:, Q_LEN]
     positions = jnp.where(real, first[seq] + index - cu_q_lens[seq], 0)
     row = batch[seq, ROW]
-    prompt_len = state.ints[row, PROMPT_LEN]
     page = batch[seq, PAGES + positions // page_size]
     return TokenView(
         tokens=jnp.where(real, state.tokens[row, positions], 0),
         next_tokens=jnp.where(real, state.tokens[row, positions + 1], 0),
         positions=positions,
-        rope_lengths=jnp.where(positions < prompt_len, prompt_len, positions + 1),
+        rope_lengths=jnp.maximum(state.ints[row, ROPE_LEN], positions + 1),
         slots=jnp.where(
             real & (positions >= batch[seq, ACTS_FROM]), batch[seq, SLOT], kernels.NO_ADAPTER
         ),

@@ -109,7 +109,7 @@ def _flags(hf: Any, dtype: str) -> dict[str, Any]:
         case "qwen3" | "qwen3_moe":
             return {"qk_norm": True}
         case "phi3":
-            return {"fused_projections": True}
+            return {"fused_projections": True, "rope_restarts": True}
         case "gemma2" | "gemma3_text":
             scale = np.float32(hf.hidden_size**0.5).astype(jnp.dtype(dtype))
             return {

@@ -68,7 +68,7 @@ def assert_equal_up_to_ties(found, expected, logits):
             return
 
 
-@pytest.fixture(scope="module", params=["llama-dynamic", "llama-longrope"])
+@pytest.fixture(scope="module", params=["llama-dynamic", "llama-longrope", "phi3-longrope"])
 def length_dependent(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     make_model(request.param, folder)
