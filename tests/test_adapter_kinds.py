@@ -24,7 +24,7 @@ from tests.reference import (
     make_model,
     special_kinds,
 )
-from tests.test_against_peft import build, engine, requests_of, run_and_compare
+from tests.test_against_peft import build, engine, every_kind, requests_of, run_and_compare
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
 PLAIN = {
@@ -297,13 +297,7 @@ def test_tensors_are_counted(plain, tmp_path):
 @pytest.mark.parametrize("family", ["llama-bias", "gemma3", "qwen3-moe"])
 def test_every_kind_on_two_devices(family, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))
-    llm = engine(
-        model,
-        max_loras=4,
-        lora_modules=requests_of(adapters),
-        max_cpu_loras=30,
-        tensor_parallel_size=2,
-    )
+    llm = every_kind(model, adapters, tensor_parallel_size=2)
     run_and_compare(llm, Reference(model, adapters), adapters)
 
 
