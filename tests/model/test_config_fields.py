@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from jlora.model import model_config
+from jlora.model import load_hf_config, model_config
 from jlora.model.hf_config import FAMILIES
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
@@ -256,3 +257,116 @@ def test_layers_that_differ_in_more_than_their_window_are_refused():
 def test_more_choices_than_experts_are_refused():
     with pytest.raises(ValueError, match="num_experts_per_tok=9 of 8"):
         model_config(CONFIG_MAPPING["mixtral"](num_local_experts=8, num_experts_per_tok=9))
+
+
+# -- as they are on the Hub --------------------------------------------------------------------
+
+HALF = 48  # of the dimensions that Phi-4-mini turns: 3/4 of 128, halved
+HUB = {
+    "gemma-3-1b-it": (
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 256,
+            "num_hidden_layers": 12,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "rope_local_base_freq": 10000,
+            "rope_theta": 1000000,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "max_position_embeddings": 131072,
+            "query_pre_attn_scalar": 256,
+            "hidden_size": 1152,
+            "torch_dtype": "bfloat16",
+        },
+        {
+            "sliding_windows": ((512,) * 5 + (None,)) * 2,
+            "max_position_embeddings": 131072,  # the factor is in it
+            "attention_scale": 1 / 16,
+            "embedding_scale": 34.0,  # sqrt(1152) = 33.94 in bfloat16
+        },
+        (("linear", 1e6), ("default", 1e4)),
+    ),
+    "Phi-4-mini-instruct": (
+        {
+            "model_type": "phi3",
+            "hidden_size": 3072,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 2,
+            "partial_rotary_factor": 0.75,
+            "sliding_window": 262144,
+            "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 131072,
+            "rope_theta": 10000.0,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0] * HALF,
+                "long_factor": [2.0] * HALF,
+            },
+            "tie_word_embeddings": True,
+        },
+        {"restarts_above": 4096, "fused_projections": True, "tie_word_embeddings": True},
+        (("longrope", 1e4),),
+    ),
+    "Phi-3-mini-4k-instruct": (
+        {
+            "model_type": "phi3",
+            "num_hidden_layers": 2,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "attention_bias": False,
+        },
+        {"restarts_above": None, "sliding_windows": (2047, 2047)},
+        (("default", 1e4),),
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe",
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 2,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "max_window_layers": 48,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "rope_theta": 1000000.0,
+        },
+        {
+            "head_dim": 128,
+            "num_experts": 128,
+            "norm_topk_prob": True,
+            "sliding_windows": (None,) * 2,
+        },
+        (("default", 1e6),),
+    ),
+    "Mixtral-8x7B-v0.1": (
+        {
+            "model_type": "mixtral",
+            "num_hidden_layers": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 14336,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+        },
+        {"num_experts": 8, "moe_intermediate_size": 14336, "norm_topk_prob": True},
+        (("default", 1e6),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_older_spellings_of_the_hub(name, tmp_path):
+    """Keys as real checkpoints have them, the layers fewer, read as a folder's file is."""
+    content, expected, ropes = HUB[name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = model_config(load_hf_config(str(tmp_path)))
+    assert {attribute: getattr(found, attribute) for attribute in expected} == expected
+    assert tuple((rope.type, rope.theta) for rope in found.ropes) == ropes

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3_apply
 
 from jlora.model import model_config, rope_cos_sin
 from jlora.model.rope import apply_rope
@@ -122,6 +124,26 @@ def test_apply_rope_turns_the_pairs_that_transformers_turns():
     )
     ours = apply_rope(jnp.asarray(x), jnp.asarray(cos), jnp.asarray(sin))
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["default", "longrope"])
+def test_a_part_of_the_head_turns(kind):
+    """Phi-3's: the frequencies are those of the part, what is behind it stays."""
+    parameters = {**KINDS[kind], "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    if kind == "longrope":
+        parameters |= {"short_factor": [1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0]}
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": CONTEXT}
+    config = Phi3Config(
+        **sizes, rope_parameters=parameters, original_max_position_embeddings=ORIGINAL
+    )
+    x = np.random.default_rng(0).normal(size=(CONTEXT, 3, 8)).astype(np.float32)
+    cos, sin = Phi3RotaryEmbedding(config)(torch.zeros(1), torch.arange(CONTEXT)[None])
+    q = torch.tensor(x).swapaxes(0, 1)[None]
+    expected = phi3_apply(q, q, cos, sin)[0][0].swapaxes(0, 1)
+    positions = jnp.arange(CONTEXT, dtype=jnp.int32)
+    ours = rope_cos_sin(model_config(config).rope, 8, positions, jnp.full_like(positions, CONTEXT))
+    assert ours[0].shape == (CONTEXT, 3)
+    np.testing.assert_allclose(apply_rope(jnp.asarray(x), *ours), expected, atol=1e-4)
 
 
 # -- refusals ----------------------------------------------------------------------------------
