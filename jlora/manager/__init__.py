@@ -1,5 +1,6 @@
 """Adapters on the host: reading, registry, LRU, pins, slots, rank blocks. Imports no jax."""
 
+<<<<<<< HEAD
 from jlora.manager.blocks import (
     BlockPool,
     BlockWrite,
@@ -10,6 +11,9 @@ from jlora.manager.blocks import (
 )
 from jlora.manager.features import FeatureWrite, feature_rows, no_features
 from jlora.manager.loader import AdapterLoader
+=======
+from jlora.manager.blocks import BlockPool, BlockWrite, SlotMap, blocks_needed
+>>>>>>> reader
 from jlora.manager.lora_model import (
     LoRALayerWeights,
     LoRAModel,
@@ -17,6 +21,7 @@ from jlora.manager.lora_model import (
     VocabRows,
 )
 from jlora.manager.manager import LoRAModelManager
+<<<<<<< HEAD
 from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft import PEFTHelper
 from jlora.manager.requirements import UNLIMITED, fitted
@@ -25,6 +30,11 @@ from jlora.manager.worker_manager import (
     LRUCacheWorkerLoRAManager,
     WorkerLoRAManager,
 )
+=======
+from jlora.manager.peft_config import PEFTHelper, other_base_model
+from jlora.manager.requirements import options_for
+from jlora.manager.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+>>>>>>> reader
 
 __all__ = [
     "UNLIMITED",
@@ -45,9 +55,14 @@ __all__ = [
     "VocabRows",
     "WorkerLoRAManager",
     "blocks_needed",
+<<<<<<< HEAD
     "feature_rows",
     "fitted",
     "no_features",
     "pool_rows",
     "row_blocks",
+=======
+    "options_for",
+    "other_base_model",
+>>>>>>> reader
 ]

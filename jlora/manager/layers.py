@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from jlora.manager.peft_config import EMBED, HEAD
 from jlora.manager.tensors import Source, Tensor
@@ -77,51 +78,70 @@ def adapted_name(source: Source, tensor: Tensor) -> str:
     return name
 
 
-def check_layer(source: Source, tensors: dict[str, Tensor], added: int) -> None:
-    """Raises for tensors of one module that are not an adapter of it. Reads nothing.
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one module's adapter, and what the configuration says of it.
 
-    added: tokens beyond the base model's vocabulary.
+    module: as the file names it. name: what PEFT's patterns match.
     """
-    place = place_of(source, next(iter(tensors.values())))
-    name = adapted_name(source, next(iter(tensors.values())))
-    module = next(iter(tensors.values())).module
-    if module == EMBED and name != EMBED:
+
+    module: str
+    name: str
+    place: ModulePlace
+    rank: int
+    tensors: dict[str, Tensor]
+
+
+def plan_layer(source: Source, tensors: dict[str, Tensor]) -> Layer:
+    """Finds the place of a module's adapter. Raises for one that is not of the configuration."""
+    first = next(iter(tensors.values()))
+    place, name = place_of(source, first), adapted_name(source, first)
+    if first.module == EMBED and name != EMBED:
         source.fail(
             f"target_parameters names {name}, which is not supported; put embed_tokens into "
             "target_modules"
         )
-    rank = check_rank(source, source.helper.rank(name), module)
-    shapes = _shapes(module, rank, place, added)
+    rank = check_rank(source, source.helper.rank(name), first.module)
+    return Layer(first.module, name, place, rank, tensors)
+
+
+def check_layer(source: Source, layer: Layer, added: int) -> None:
+    """Raises for tensors that are not an adapter of the module. Reads nothing.
+
+    added: tokens beyond the base model's vocabulary.
+    """
+    place, helper = layer.place, source.helper
+    shapes = _shapes(layer, added)
     wanted = [kind for kind in shapes if kind.endswith(("_A", "_B"))]
-    wanted += ["lora_magnitude_vector"] * source.helper.use_dora
-    wanted += ["lora_B.bias"] * source.helper.lora_bias
+    wanted += ["lora_magnitude_vector"] * helper.use_dora + ["lora_B.bias"] * helper.lora_bias
     for kind in wanted:
-        if kind not in tensors:
+        if kind not in layer.tensors:
             dot = ".weight" * (kind in ("lora_A", "lora_B"))
-            source.fail(f"module {module} has no {kind}{dot}")
-    for kind, tensor in tensors.items():
-        if kind == "lora_velora_embed":
-            continue
-        if kind not in wanted:
+            source.fail(f"module {layer.module} has no {kind}{dot}")
+    why = (
+        f"rank {layer.rank} by its configuration, {place.d_in} in and {place.d_out} out by the "
+        "model"
+    )
+    for kind, tensor in layer.tensors.items():
+        if kind in wanted:
+            source.check(tensor, shapes[kind], why)
+        elif kind != "lora_velora_embed":
             switch = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}.get(kind)
-            why = f"{switch} of its configuration is off" if switch else f"expected {wanted}"
-            source.fail(f"tensor {tensor.key} does not belong to an adapter of {module}: {why}")
-        source.check(
-            tensor,
-            shapes[kind],
-            f"rank {rank} by its configuration, {place.d_in} in and {place.d_out} out by the model",
-        )
+            reason = f"{switch} of its configuration is off" if switch else f"expected {wanted}"
+            source.fail(
+                f"tensor {tensor.key} does not belong to an adapter of {layer.module}: {reason}"
+            )
 
 
-def _shapes(module: str, rank: int, place: ModulePlace, added: int) -> dict[str, tuple[int, ...]]:
-    d_in, d_out = place.d_in, place.d_out
-    if module == EMBED:
+def _shapes(layer: Layer, added: int) -> dict[str, tuple[int, ...]]:
+    rank, d_in, d_out = layer.rank, layer.place.d_in, layer.place.d_out
+    if layer.module == EMBED:
         return {
             "lora_embedding_A": (rank, d_in + added),
             "lora_embedding_B": (d_out, rank),
             "lora_magnitude_vector": (d_out,),
         }
-    d_out += added * (module == HEAD)
+    d_out += added * (layer.module == HEAD)
     return {
         "lora_A": (rank, d_in),
         "lora_B": (d_out, rank),
@@ -130,17 +150,16 @@ def _shapes(module: str, rank: int, place: ModulePlace, added: int) -> dict[str,
     }
 
 
-def read_layer(source: Source, tensors: dict[str, Tensor]) -> LoRALayerWeights:
+def read_layer(source: Source, layer: Layer) -> LoRALayerWeights:
     """The adapter of a module that `check_layer` has passed."""
-    first = next(iter(tensors.values()))
-    name, helper = adapted_name(source, first), source.helper
-    scale = helper.scaling(name)
-    prefix = "lora_embedding" if first.module == EMBED else "lora"
+    helper, tensors = source.helper, layer.tensors
+    alpha, scale = helper.alpha(layer.name), helper.scaling(layer.name)
+    prefix = "lora_embedding" if layer.module == EMBED else "lora"
     bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
     return LoRALayerWeights(
-        canonical(source, first.module),
-        helper.rank(name),
-        helper.alpha(name),
+        canonical(source, layer.module),
+        layer.rank,
+        alpha,
         source.read(tensors[f"{prefix}_A"]),
         source.read(tensors[f"{prefix}_B"], abs(scale)),
         scale,

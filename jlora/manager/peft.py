@@ -26,6 +26,7 @@ from jlora.manager.peft_values import CONFIG_NAME
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_LARGEST_CONFIG = 1 << 25
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -110,6 +111,8 @@ def read_config(folder: Path, adapter: str) -> PEFTHelper:
     if not path.is_file():
         raise AdapterError(f"{adapter}: {folder} has no {CONFIG_NAME}")
     try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{adapter}: {path} is not readable JSON: {error}") from error
@@ -164,6 +167,7 @@ def _read_pickle(path: Path, adapter: str) -> Mapping[str, TensorLike]:
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)
         and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
         for name, tensor in content.items()
     ):
         raise AdapterError(f"{adapter}: {path} holds something else than a table of tensors")

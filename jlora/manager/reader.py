@@ -12,10 +12,12 @@ import numpy as np
 from jlora.manager.experts import Fused, check_fused, fused, read_fused
 from jlora.manager.layers import (
     LORA_KINDS,
+    Layer,
     canonical,
     check_allowed,
     check_layer,
     place_of,
+    plan_layer,
     read_layer,
 )
 from jlora.manager.peft import TensorLike
@@ -43,31 +45,39 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
     modules = by_module(tensors, source.adapter)
     vocabulary = VocabularyReader(source, modules)
     groups = _groups(source, modules)
-    start = time.monotonic()
-    for layer in groups.layers:
+    layers = _plan(source, groups.layers)
+    for layer in layers:
         check_layer(source, layer, vocabulary.added)
-        if time.monotonic() - start > _MATCHING_SECONDS:
-            source.fail(
-                f"the patterns of its configuration take more than {_MATCHING_SECONDS} s to match"
-            )
-    for array, layer in groups.fused:
-        check_fused(source, array, layer)
+    for array, tensors_of_array in groups.fused:
+        check_fused(source, array, tensors_of_array)
     for tensor in groups.biases:
         _check_bias(source, tensor)
     vocabulary.check()
     loras: dict[str, LoRALayerWeights] = {}
-    read = [read_layer(source, layer) for layer in groups.layers]
-    for array, layer in groups.fused:
-        read += read_fused(source, array, layer)
+    read = [read_layer(source, layer) for layer in layers]
+    for array, tensors_of_array in groups.fused:
+        read += read_fused(source, array, tensors_of_array)
     for one in read:
         if one.module_name in loras:
             source.fail(f"module {one.module_name} is there under two names")
         loras[one.module_name] = one
     _tie(source, loras)
     rows = vocabulary.read()
-    _refuse_combinations(source, loras, rows)
+    _refuse_combinations(source, loras, rows, vocabulary.added)
     biases = {canonical(source, bias.module): source.read(bias) for bias in groups.biases}
     return Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
+
+
+def _plan(source: Source, layers: list[dict[str, Tensor]]) -> list[Layer]:
+    """Matches the configuration's patterns, for a limited time."""
+    start, planned = time.monotonic(), []
+    for tensors in layers:
+        planned.append(plan_layer(source, tensors))
+        if time.monotonic() - start > _MATCHING_SECONDS:
+            source.fail(
+                f"the patterns of its configuration take more than {_MATCHING_SECONDS} s to match"
+            )
+    return planned
 
 
 @dataclass
@@ -122,33 +132,43 @@ def _check_bias(source: Source, tensor: Tensor) -> None:
 
 
 def _tie(source: Source, loras: dict[str, LoRALayerWeights]) -> None:
-    """With ensure_weight_tying the head of a tied model has the embedding's adapter, transposed."""
-    if not (source.tied and source.helper.ensure_weight_tying and EMBED in loras):
+    """With ensure_weight_tying the two modules of a tied vocabulary have one adapter, transposed.
+
+    PEFT gives them the same memory, so that either is enough in a file.
+    """
+    helper, have = source.helper, [name for name in (EMBED, HEAD) if name in loras]
+    if not (source.tied and helper.ensure_weight_tying and have):
         return
-    embed, head = loras[EMBED], loras.get(HEAD)
-    if source.helper.use_dora and head is None:
-        source.fail("lm_head has no lora_magnitude_vector")
-    a, b = embed.lora_b.T, embed.lora_a.T
-    if head is not None and not (np.array_equal(head.lora_a, a) and np.array_equal(head.lora_b, b)):
+    if helper.saved_modules:
         source.fail(
-            "lora_A and lora_B of lm_head are not those of embed_tokens, transposed, which "
-            "ensure_weight_tying demands of a tied model"
+            f"an adapter of {have[0]} beside modules_to_save of a tied model with "
+            "ensure_weight_tying is not supported"
         )
-    if head is None:
-        check_allowed(source, HEAD)
-        helper = source.helper
-        loras[HEAD] = LoRALayerWeights(
-            HEAD, embed.rank, helper.alpha(HEAD), a, b, helper.scaling(HEAD)
-        )
+    one = loras[have[0]]
+    a, b = one.lora_b.T, one.lora_a.T
+    if len(have) == 2:
+        other = loras[HEAD]
+        if not (np.array_equal(other.lora_a, a) and np.array_equal(other.lora_b, b)):
+            source.fail(
+                "lora_A and lora_B of lm_head are not those of embed_tokens, transposed, which "
+                "ensure_weight_tying demands of a tied model"
+            )
+        return
+    name = HEAD if have[0] == EMBED else EMBED
+    check_allowed(source, name)
+    if helper.use_dora:
+        source.fail(f"{name} has no lora_magnitude_vector")
+    loras[name] = LoRALayerWeights(name, one.rank, helper.alpha(name), a, b, helper.scaling(name))
 
 
 def _refuse_combinations(
-    source: Source, loras: dict[str, LoRALayerWeights], rows: dict[str, VocabRows]
+    source: Source, loras: dict[str, LoRALayerWeights], rows: dict[str, VocabRows], added: int
 ) -> None:
+    """What PEFT does not make, or nobody can mean."""
     if source.helper.invocation_tokens:
         if EMBED in loras:
             source.fail("alora_invocation_tokens exclude an adapter of embed_tokens, as in PEFT")
-        vocab = source.modules.config.vocab_size
+        vocab = source.modules.config.vocab_size + added
         for token in source.helper.invocation_tokens:
             if token >= vocab:
                 source.fail(f"alora_invocation_tokens hold {token}, expected less than {vocab}")

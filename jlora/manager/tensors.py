@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,27 +23,24 @@ _LONGEST_NAME = 400
 
 # What may follow the module's name, and what it is. The first that fits is meant.
 _KINDS = {
-    r"\.lora_A\.weight": "lora_A",
-    r"\.lora_B\.weight": "lora_B",
-    r"\.lora_B\.bias": "lora_B.bias",
-    r"\.lora_magnitude_vector(\.weight)?": "lora_magnitude_vector",
-    r"\.lora_embedding_A": "lora_embedding_A",
-    r"\.lora_embedding_B": "lora_embedding_B",
-    r"\.lora_velora_embed": "lora_velora_embed",  # used in training only
-    r"\.token_adapter\.trainable_tokens_delta": "trainable_tokens_delta",
-    r"\.token_adapter\.base_layer\.weight": "token_adapter.base_layer",
-    r"\.base_layer\.weight": "base_layer",
-    r"\.original_module\.weight": "original_module",
-    r"\.modules_to_save\.weight": "modules_to_save",
-    r"\.base_layer\.bias": "base_layer.bias",
-    r"\.weight": "weight",
-    r"\.bias": "bias",
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_B.bias",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",  # older PEFT
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
+    ".lora_velora_embed": "lora_velora_embed",  # used in training only
+    ".token_adapter.trainable_tokens_delta": "trainable_tokens_delta",
+    ".token_adapter.base_layer.weight": "token_adapter.base_layer",
+    ".base_layer.weight": "base_layer",
+    ".original_module.weight": "original_module",
+    ".modules_to_save.weight": "modules_to_save",
+    ".base_layer.bias": "base_layer.bias",
+    ".weight": "weight",
+    ".bias": "bias",
 }
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)(?:"
-    + "|".join(f"(?P<k{index}>{suffix})" for index, suffix in enumerate(_KINDS))
-    + ")"
-)
+_PREFIX = "base_model.model."
 _IN_MEMORY = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_velora_embed|"
     r"trainable_tokens_delta|modules_to_save)\.(?!weight$|bias$)[^.]+(\.weight|\.bias|)$"
@@ -72,16 +70,15 @@ def by_module(tensors: Mapping[str, TensorLike], adapter: str) -> Modules:
     """The tensors of each module. Raises for a name that is not understood, or there twice."""
     modules: Modules = {}
     for key, data in tensors.items():
-        match = _KEY.fullmatch(key) if len(key) <= _LONGEST_NAME else None
-        if match is None:
+        suffix = next((one for one in _KINDS if key.endswith(one)), "")
+        module = key.removeprefix(_PREFIX).removesuffix(suffix)
+        if not suffix or not module or not module.isprintable() or len(key) > _LONGEST_NAME:
             raise AdapterError(
                 f"{adapter}: tensor {key[:300]!r} is not supported; expected "
                 "<module>.lora_A.weight, <module>.lora_B.weight, or what else PEFT saves"
             )
-        kinds = tuple(_KINDS.values())
-        kind = next(kinds[index] for index in range(len(kinds)) if match[f"k{index}"])
-        tensor = Tensor(key, match["module"], kind, data)
-        other = modules.setdefault(tensor.module, {}).setdefault(kind, tensor)
+        tensor = Tensor(key, module, _KINDS[suffix], data)
+        other = modules.setdefault(module, {}).setdefault(tensor.kind, tensor)
         if other is not tensor:
             raise AdapterError(f"{adapter}: tensor {other.key} is there twice, as {key} too")
     if not modules:
@@ -154,6 +151,7 @@ def _pool_dtype(config: LoRAConfig) -> str:
     return "float32" if config.lora_dtype == "auto" else config.lora_dtype
 
 
+@functools.cache
 def _limit(dtype: str) -> float:
     """The largest number of the adapter pool."""
     kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype, np.float32)

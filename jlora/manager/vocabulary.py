@@ -196,7 +196,9 @@ class VocabularyReader:
         for piece in chunks(tensor.data.shape[0], hidden * 8):
             ours = self.source.narrowed(tensor, np.asarray(tensor.data[piece]))
             theirs = base[piece]
-            same = (ours[: len(theirs)].astype(base.dtype) == theirs).all(axis=1)
+            same = (_bits(ours[: len(theirs)].astype(base.dtype, copy=False)) == _bits(theirs)).all(
+                axis=1
+            )
             changed = np.concatenate([~same, np.ones(len(ours) - len(theirs), bool)])
             ids.append(np.flatnonzero(changed) + piece.start)
             rows.append(ours[changed])
@@ -228,13 +230,20 @@ class VocabularyReader:
     def _check_added(self, rows: dict[str, VocabRows]) -> None:
         for module in (EMBED, HEAD) if self.added else ():
             have = rows[module].ids if module in rows else np.zeros(0, np.int32)
-            missing = np.setdiff1d(np.arange(self.vocab, self.vocab + self.added), have)
-            if len(missing):
+            new = have[have >= self.vocab]  # ascending
+            if len(new) < self.added:
+                gaps = np.flatnonzero(new != self.vocab + np.arange(len(new)))
+                missing = self.vocab + (gaps[0] if len(gaps) else len(new))
                 self.source.fail(
                     f"the adapter adds {self.added} tokens to the {self.vocab} of the model, but "
-                    f"holds no row of {module} for token {missing[0]}; save it with PEFT's "
+                    f"holds no row of {module} for token {missing}; save it with PEFT's "
                     "save_embedding_layers=True"
                 )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """As integers: bfloat16 compares a row of them ten times faster."""
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
 def _over(below: VocabRows | None, above: VocabRows) -> VocabRows:

@@ -109,6 +109,7 @@ PICKLES = {
     "numbers": {"a": 1},
     "other keys": {1: torch.zeros(2)},
     "sparse": {"a": torch.zeros(2, 2).to_sparse()},
+    "nowhere": {"a": torch.zeros(2, device="meta")},
     "a whole state": {"state": {"a": torch.zeros(2)}},
 }
 

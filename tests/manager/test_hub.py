@@ -59,6 +59,22 @@ def test_a_repository_without_weights_in_the_cache(hub):
         worker().add_adapter(request(1, "user/half"))
 
 
+def test_pickled_weights_are_asked_for_only_when_there_are_no_others(hub, monkeypatch):
+    snapshot = cache(hub, "user/one")
+    asked = []
+
+    def download(path, allow_patterns):
+        asked.append(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    resolve_adapter_path("user/one")
+    assert asked == [["adapter_config.json", "adapter_model.safetensors"]]
+    (snapshot / "adapter_model.safetensors").unlink()
+    resolve_adapter_path("user/one")
+    assert asked[2:] == [["adapter_config.json", "adapter_model.bin"]]
+
+
 @pytest.mark.parametrize("path", ["user/na me", "user/a--b", "user/..", "user/na\0me"])
 def test_a_name_that_no_repository_can_have(hub, path):
     with pytest.raises(AdapterError, match="'a1'"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import (
@@ -22,6 +25,7 @@ from jlora.errors import AdapterError
 from jlora.projections import ModuleMap
 from tests.manager.adapters import WEIGHTS, lora_config, make_config, model_config
 from tests.manager.peft_models import read, save, tensor
+from tests.manager.test_peft_mutations import mutations
 
 EXPERTS = 4
 SIZES = {
@@ -217,6 +221,41 @@ def test_blocks_of_experts(config, blocks, tmp_path):
     if blocks:
         with pytest.raises(AdapterError, match=f"lora_expert_blocks={blocks}"):
             read(tmp_path, modules_of("olmoe"), config=lora_config())
+
+
+RENAMES = [
+    ("layers.0", "layers.1"),
+    ("layers.1", "layers.2"),
+    ("experts.lora", "experts.base_layer.lora"),
+    ("experts.base_layer", "experts"),
+    ("experts.base_layer", "experts.base_layer.base_layer"),
+    ("experts", "experts.0"),
+    ("experts.lora", "experts.0.down_proj.lora"),
+    ("mlp.experts", "mlp.gate"),
+    ("mlp.gate", "mlp.experts"),
+    ("lora_A", "lora_B"),
+    (".weight", ".bias"),
+]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.parametrize("targets", [[GATE_UP, DOWN, ROUTER], [GATE_UP], [DOWN]], ids=str)
+@given(data=st.data())
+def test_files_changed_at_random_are_refused_or_pefts(targets, data, tmp_path):
+    save(moe("mixtral"), tmp_path, target_modules=[], target_parameters=targets)
+    changed = data.draw(mutations(load_file(tmp_path / WEIGHTS), RENAMES))
+    save_file(changed, tmp_path / WEIGHTS)
+    try:
+        lora = read(tmp_path, modules_of("mixtral"))
+    except AdapterError:
+        return
+    assert sum(lora.tensor_counts.values()) == len(changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(moe("mixtral"), tmp_path).merge_and_unload()
+    assert_same(applied(moe("mixtral"), lora), theirs)
 
 
 OUTER = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"

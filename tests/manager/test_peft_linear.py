@@ -95,6 +95,15 @@ def test_a_tied_head_follows_though_the_file_leaves_it_out(tmp_path):
     np.testing.assert_allclose(logits(applied(llama(True), lora)), expected, atol=2e-5)
 
 
+def test_a_tied_embedding_follows_though_the_file_leaves_it_out(tmp_path):
+    config = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    expected = logits(save(llama(True), tmp_path, alpha_pattern={"lm_head": 2}, **config))
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({k: t for k, t in tensors.items() if "lm_head" in k}, tmp_path / WEIGHTS)
+    lora = read(tmp_path, modules_of(True), llama(True))
+    np.testing.assert_allclose(logits(applied(llama(True), lora)), expected, atol=2e-5)
+
+
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     save(llama(True), tmp_path, target_modules=["embed_tokens"], ensure_weight_tying=True)
     tensors = load_file(tmp_path / WEIGHTS)

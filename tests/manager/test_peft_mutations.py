@@ -69,7 +69,9 @@ CHANGES = ["remove", "module", "rename", "copy", "transpose", "exchange", "scale
 
 
 @st.composite
-def mutations(draw, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def mutations(
+    draw, tensors: dict[str, np.ndarray], renames: list[tuple[str, str]] = RENAMES
+) -> dict[str, np.ndarray]:
     """The tensors after one to three changes."""
     changed = dict(tensors)
     for _ in range(draw(st.integers(1, 3))):
@@ -88,7 +90,7 @@ def mutations(draw, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             module = name.split(".lora_")[0]
             changed = {k: t for k, t in changed.items() if not k.startswith(module)}
         elif kind in ("rename", "copy"):
-            fitting = [new for old in RENAMES if (new := name.replace(*old)) != name]
+            fitting = [new for old in renames if (new := name.replace(*old)) != name]
             if fitting:
                 new = draw(st.sampled_from(fitting))
                 changed[new] = changed[name] if kind == "copy" else changed.pop(name)
@@ -129,4 +131,4 @@ def test_the_same_as_pefts_or_refused(name, data, tmp_path):
         return
     assert sum(lora.tensor_counts.values()) == len(changed)
     ours = logits(applied(llama(tied, bias=True), lora))
-    np.testing.assert_allclose(ours, pefts(tmp_path, tied), atol=3e-5)
+    np.testing.assert_allclose(ours, pefts(tmp_path, tied), atol=3e-5, rtol=1e-4)

@@ -158,6 +158,14 @@ def test_an_added_token_without_a_row_of_the_head_is_refused(tmp_path):
         read(tmp_path, modules_of())
 
 
+def test_a_token_far_beyond_the_vocabulary_is_refused_at_once(tmp_path):
+    save(llama(True), tmp_path, target_modules=Q, trainable_token_indices=[1, 2])
+    content = saved_config(tmp_path) | {"trainable_token_indices": [1, 2**31 - 1]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match=r"'a'.*no row of model\.embed_tokens for token 50"):
+        read(tmp_path, modules_of(True))
+
+
 def test_an_added_token_without_any_row_is_refused(tmp_path):
     model = llama(True)
     model.resize_token_embeddings(53, mean_resizing=False)
