@@ -1,6 +1,5 @@
 """Adapters on the host: reading, registry, LRU, pins, slots, rank blocks. Imports no jax."""
 
-<<<<<<< HEAD
 from jlora.manager.blocks import (
     BlockPool,
     BlockWrite,
@@ -11,9 +10,6 @@ from jlora.manager.blocks import (
 )
 from jlora.manager.features import FeatureWrite, feature_rows, no_features
 from jlora.manager.loader import AdapterLoader
-=======
-from jlora.manager.blocks import BlockPool, BlockWrite, SlotMap, blocks_needed
->>>>>>> reader
 from jlora.manager.lora_model import (
     LoRALayerWeights,
     LoRAModel,
@@ -21,20 +17,14 @@ from jlora.manager.lora_model import (
     VocabRows,
 )
 from jlora.manager.manager import LoRAModelManager
-<<<<<<< HEAD
 from jlora.manager.mixture import LoRAMixture
-from jlora.manager.peft import PEFTHelper
-from jlora.manager.requirements import UNLIMITED, fitted
+from jlora.manager.peft_config import PEFTHelper, other_base_model
+from jlora.manager.requirements import UNLIMITED, fitted, options_for
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,
     WorkerLoRAManager,
 )
-=======
-from jlora.manager.peft_config import PEFTHelper, other_base_model
-from jlora.manager.requirements import options_for
-from jlora.manager.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
->>>>>>> reader
 
 __all__ = [
     "UNLIMITED",
@@ -55,14 +45,11 @@ __all__ = [
     "VocabRows",
     "WorkerLoRAManager",
     "blocks_needed",
-<<<<<<< HEAD
     "feature_rows",
     "fitted",
     "no_features",
-    "pool_rows",
-    "row_blocks",
-=======
     "options_for",
     "other_base_model",
->>>>>>> reader
+    "pool_rows",
+    "row_blocks",
 ]
