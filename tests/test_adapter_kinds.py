@@ -238,7 +238,7 @@ OPTIONS = {
     "lora-bias": "enable_lora_bias=True",
     "embed": "enable_lora_embeddings=True",
     "head": "enable_lora_embeddings=True",
-    "saved-head": "max_lora_token_rows=101 or max_lora_full_weights=1",
+    "saved-head": "max_lora_token_rows=101 (or max_lora_full_weights=1)",
     "tokens": "max_lora_token_rows=3",
     "added": "lora_extra_vocab_size=3",
 }
