@@ -295,7 +295,11 @@ def biased(family: str) -> bool:
 
 def load_base(model_folder: Path, added: int = 0) -> transformers.PreTrainedModel:
     """The base model in float32; added: tokens that its vocabulary is enlarged by."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).float().eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        model_folder,
+        attn_implementation="eager",  # the only one that knows Gemma 2's soft cap everywhere
+    )
+    base = base.float().eval()
     if added:
         base.resize_token_embeddings(base.config.vocab_size + added, mean_resizing=False)
     return base

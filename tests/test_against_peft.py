@@ -14,6 +14,7 @@ from tests.reference import (
     Reference,
     adapter_kinds,
     compare,
+    last_invocation,
     make_adapter,
     make_model,
     special_kinds,
@@ -72,8 +73,8 @@ def mixed_batch(adapters, seed, lengths=LENGTHS, limit=511):
     return names, prompts, requests
 
 
-def run_and_compare(llm, reference, adapters, seed=0, tokens=12, lengths=LENGTHS, limit=511):
-    """Runs a mixed batch and compares every token."""
+def answer_batch(llm, adapters, seed=0, tokens=12, lengths=LENGTHS, limit=511):
+    """Runs a mixed batch; the adapter, prompt and answer of each request."""
     names, prompts, requests = mixed_batch(adapters, seed, lengths, limit)
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1)
     outputs = llm.generate(
@@ -82,16 +83,31 @@ def run_and_compare(llm, reference, adapters, seed=0, tokens=12, lengths=LENGTHS
         lora_request=requests,
         use_tqdm=False,
     )
+    answers = [output.outputs[0] for output in outputs]
+    return list(zip(names, prompts, answers, strict=True))
+
+
+def run_and_compare(llm, reference, adapters, seed=0, tokens=12, lengths=LENGTHS, limit=511):
+    """Runs a mixed batch and compares every token; every adapter must change what comes."""
     found = Comparison()
-    for name, prompt, output in zip(names, prompts, outputs, strict=True):
-        answer = output.outputs[0]
+    for name, prompt, answer in answer_batch(llm, adapters, seed, tokens, lengths, limit):
         assert len(answer.token_ids) == min(tokens, limit + 1 - len(prompt))
         compare(found, reference, prompt, name, answer.token_ids, answer.logprobs)
+        if name is not None and (name != "activated" or last_invocation(prompt) is not None):
+            changes = reference.logprobs(prompt, name, len(prompt))[:, :VOCAB]
+            changes = changes - reference.logprobs(prompt, None, len(prompt))
+            assert np.abs(changes).max() > 0.01, f"{name} changes nothing"
     print(f"{found.tokens} tokens, {found.ties} ties, worst logprob {found.worst_logprob:.2g}")
     assert found.differences == []
     assert found.worst_logprob < 1e-4
     assert found.ties <= found.tokens // 50
     return found
+
+
+def every_kind(model, adapters, **options):
+    """An engine with what these adapters need, and four slots."""
+    requests = requests_of(adapters)
+    return engine(model, max_loras=4, lora_modules=requests, max_cpu_loras=30, **options)
 
 
 # A length-dependent rope answers as if each token had come in a forward of its own length, which
@@ -112,8 +128,7 @@ def requests_of(adapters):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in LENGTH_DEPENDENT])
 def test_every_kind_of_adapter_gives_pefts_tokens(family, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))
-    llm = engine(model, max_loras=4, lora_modules=requests_of(adapters), max_cpu_loras=30)
-    run_and_compare(llm, Reference(model, adapters), adapters)
+    run_and_compare(every_kind(model, adapters), Reference(model, adapters), adapters)
 
 
 def test_preemption_changes_nothing(tmp_path):

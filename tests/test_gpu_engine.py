@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from tests.reference import Reference
-from tests.test_against_peft import build, engine, run_and_compare
+from tests.reference import Reference, special_kinds
+from tests.test_against_peft import (
+    answer_batch,
+    build,
+    engine,
+    every_kind,
+    run_and_compare,
+)
 
 pytestmark = pytest.mark.gpu
+MEMORY = {"kv_cache_memory_bytes": 64 << 20}
+FAMILIES = ["llama3.1", "mistral", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "olmoe"]
+# Logprobs of bfloat16 against float32, of the same tokens: the largest error and the mean.
+BFLOAT16 = (1.0, 0.06)
 
 
-@pytest.mark.parametrize("family", ["llama3.1", "llama-bias", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pefts_tokens_on_a_gpu(family, tmp_path):
     model, adapters = build(tmp_path, family)
-    llm = engine(model, kv_cache_memory_bytes=64 << 20)
+    run_and_compare(engine(model, **MEMORY), Reference(model, adapters), adapters)
+
+
+@pytest.mark.parametrize("family", ["llama3.2", "llama-bias", "gemma3", "phi3", "qwen3-moe"])
+def test_every_kind_on_a_gpu(family, tmp_path):
+    model, adapters = build(tmp_path, family, special_kinds(family))
+    llm = every_kind(model, adapters, **MEMORY)
     run_and_compare(llm, Reference(model, adapters), adapters)
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "gemma3", "qwen3-moe"])
+def test_every_kind_in_bfloat16_on_a_gpu(family, tmp_path):
+    model, adapters = build(tmp_path, family, special_kinds(family))
+    llm = every_kind(model, adapters, dtype="bfloat16", **MEMORY)
+    errors = []
+    reference = Reference(model, adapters)
+    for name, prompt, answer in answer_batch(llm, adapters):
+        rows = reference.logprobs([*prompt, *answer.token_ids], name, len(prompt))
+        for index, token in enumerate(answer.token_ids):
+            expected = rows[len(prompt) - 1 + index, token]
+            errors.append(abs(answer.logprobs[index][token].logprob - expected))
+    print(f"{family}: largest {max(errors):.2g}, mean {np.mean(errors):.2g}")
+    assert max(errors) < BFLOAT16[0]
+    assert np.mean(errors) < BFLOAT16[1]
 
 
 def test_same_bits_twice(tmp_path):
     model, adapters = build(tmp_path, "llama3")
-    llm = engine(model, kv_cache_memory_bytes=64 << 20, enable_prefix_caching=False)
+    llm = engine(model, enable_prefix_caching=False, **MEMORY)
     reference = Reference(model, adapters)
     first, second = (run_and_compare(llm, reference, adapters, seed=3) for _ in range(2))
     assert first.logprobs == second.logprobs

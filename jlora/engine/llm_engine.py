@@ -30,6 +30,7 @@ from jlora.manager import (
     UNLIMITED,
     AdapterLoader,
     AdapterVersion,
+    LoRAModel,
     LRUCacheWorkerLoRAManager,
     fitted,
 )
@@ -400,6 +401,14 @@ class LLMEngine:
     def list_loras(self) -> set[int]:
         """Ids of the adapters in host memory."""
         return self._manager().list_adapters()
+
+    def lora_tensor_counts(self, lora_id: int) -> dict[str, int]:
+        """How many tensors of an adapter's file went to each row of the projection table.
+
+        Raises KeyError when the adapter is not on the host. A mixture has none of its own.
+        """
+        adapter = self._manager().manager.list_adapters()[lora_id]
+        return dict(adapter.tensor_counts) if isinstance(adapter, LoRAModel) else {}
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix."""

@@ -83,6 +83,21 @@ def lora_shrink(
             return lora.lora_shrink_xla(x, a, layer, routing, slots)
 
 
+def lora_embedding_shrink(
+    tokens: Int[Array, " tokens"],
+    a: Float[Array, "blocks vocab rank"],
+    routing: LoRARouting,
+    slots: SlotTable,
+) -> Float[Array, "1 tokens max_blocks 1 rank"]:
+    """The shrink of an embedding's adapter: A's rows of the token ids, where x is one-hot.
+
+    tokens: int32 ids, at least 0 and less than vocab. h[0, t, j, 0] is row tokens[t] of block j of
+    token t's slot, in float32, for `lora_expand` with any routing of these slots; 0 for tokens
+    without an adapter and blocks past the slot's count. Plain XLA on every platform.
+    """
+    return lora.lora_embedding_shrink(tokens, a, routing, slots)
+
+
 def lora_expand(
     y: Float[Array, "tokens d_out"],
     h: Float[Array, "splits tokens max_blocks parts rank"],

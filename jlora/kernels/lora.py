@@ -186,3 +186,18 @@ def lora_expand_xla(
 
     out = _walk(routing, slots, visit, _pad_tokens(y.astype(jnp.float32), tile))
     return out[:tokens].astype(y.dtype)
+
+
+def lora_embedding_shrink(
+    tokens: Int[Array, " tokens"],
+    a: Float[Array, "blocks vocab rank"],
+    routing: LoRARouting,
+    slots: SlotTable,
+) -> Float[Array, "1 tokens max_blocks 1 rank"]:
+    """See `jlora.kernels.lora_embedding_shrink`. One gather of rows."""
+    slot = jnp.maximum(routing.token_slots, 0)
+    in_use = jnp.arange(slots.blocks.shape[1]) < slots.counts[slot][:, None]
+    in_use &= (routing.token_slots != NO_ADAPTER)[:, None]  # [tokens, max_blocks]
+    rows = a[jnp.where(in_use, slots.blocks[slot], 0), tokens[:, None]]
+    h = jnp.where(in_use[:, :, None], rows.astype(jnp.float32), 0)
+    return h[None, :, :, None]

@@ -18,8 +18,8 @@ from jlora.manager.lora_model import (
 )
 from jlora.manager.manager import LoRAModelManager
 from jlora.manager.mixture import LoRAMixture
-from jlora.manager.peft import PEFTHelper
-from jlora.manager.requirements import UNLIMITED, fitted
+from jlora.manager.peft_config import PEFTHelper, other_base_model
+from jlora.manager.requirements import UNLIMITED, fitted, options_for
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,
@@ -48,6 +48,8 @@ __all__ = [
     "feature_rows",
     "fitted",
     "no_features",
+    "options_for",
+    "other_base_model",
     "pool_rows",
     "row_blocks",
 ]

@@ -63,16 +63,18 @@ def needs(lora: LoRAModel) -> dict[str, int | bool]:
 
 def check_reserved(lora: LoRAModel, config: LoRAConfig, name: str) -> None:
     """Raises AdapterError, with the option to set, when the engine has not reserved something."""
+    wanted, found = [], []
     for option, value in needs(lora).items():
         has = getattr(config, option)
-        if option == "max_lora_token_rows" and value > has and config.max_lora_full_weights:
-            continue
-        if value > has:
-            other = " or max_lora_full_weights=1" * (option == "max_lora_token_rows")
-            raise AdapterError(
-                f"{name}: needs {option}={value}{other}, but the engine was started with "
-                f"{option}={has}"
-            )
+        rows = option == "max_lora_token_rows"
+        if value > has and not (rows and config.max_lora_full_weights):
+            wanted.append(f"{option}={value}" + " (or max_lora_full_weights=1)" * rows)
+            found.append(f"{option}={has}")
+    if wanted:
+        raise AdapterError(
+            f"{name}: needs {', '.join(wanted)}, but the engine was started with "
+            f"{', '.join(found)}"
+        )
 
 
 def fitted(
@@ -87,8 +89,11 @@ def fitted(
     together = max((most_blocks(adapter, modules) for adapter in listed), default=0)
     rank = max(config.max_lora_rank, options.get("max_lora_rank", 0))
     if together > -(-rank // LORA_BLOCK_RANK):
-        options["max_lora_blocks"] = max(together, config.max_lora_blocks or 0)
-    larger = {name: max(getattr(config, name) or 0, value) for name, value in options.items()}
+        options["max_lora_blocks"] = together
+    larger = {
+        name: value if getattr(config, name) is None else max(getattr(config, name), value)
+        for name, value in options.items()
+    }
     return dataclasses.replace(config, **larger)
 
 

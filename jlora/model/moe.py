@@ -46,13 +46,16 @@ def route(
 def sort_rows(
     chosen: Int[Array, "tokens choices"], experts: int, adapters: TokenAdapters | None
 ) -> SortedRows:
-    """Sorts the rows by their expert; those of one expert stay in the tokens' order, in which
-    tokens of an adapter are mostly beside each other.
+    """Sorts the rows by their expert, and those of one by their adapter: so that both are in
+    few tiles.
 
     adapters: of the tokens; None when none of them changes an expert.
     """
-    expert = chosen.reshape(-1)
-    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    expert = key = chosen.reshape(-1)
+    if adapters is not None:
+        state, slots = adapters.state, jnp.repeat(adapters.routing.token_slots, chosen.shape[1])
+        key = expert * state.features.shape[0] + slots + 1
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
     group_sizes = jnp.zeros(experts, jnp.int32).at[expert].add(1)
     token = order // chosen.shape[1]
     if adapters is not None:

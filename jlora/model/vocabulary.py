@@ -55,8 +55,7 @@ def _adapt_embeddings(
         rows = jnp.where(jnp.any(match, axis=1)[:, None], found, rows)
     if EMBED in state.rows:
         row = state.rows[EMBED]
-        slots = jnp.maximum(adapters.routing.token_slots, 0)
-        h = row.a[row.slots.blocks[slots], tokens[:, None]].astype(jnp.float32)[None, :, :, None]
+        h = kernels.lora_embedding_shrink(tokens, row.a, adapters.routing, row.slots)
         rows = kernels.lora_expand(
             rows,
             h,

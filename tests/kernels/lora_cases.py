@@ -19,13 +19,17 @@ from tests.kernels.compare import (
     seeded,
 )
 
+VIRTUAL_EXPERTS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRACase:
     """One step's tokens and one projection's adapters.
 
     ranks: rank of each slot's adapter, 0 where it does not touch this projection.
-    order: "sorted" or "shuffled" tokens, or "distinct" (token t has slot t).
+    order: "sorted" or "shuffled" tokens, "distinct" (token t has slot t), or "experts": the slots
+        are those of `VIRTUAL_EXPERTS` experts, three adapters are in use, and tokens are sorted by
+        expert, not by adapter.
     without: share of the tokens without an adapter.
     """
 
@@ -106,6 +110,10 @@ def _draw_slots(rng, case: LoRACase):
 def _draw_token_slots(rng, case: LoRACase) -> np.ndarray:
     if case.order == "distinct":
         token_slots = np.arange(case.tokens) % len(case.ranks)
+    elif case.order == "experts":
+        adapters = rng.choice(len(case.ranks) // VIRTUAL_EXPERTS, 3, replace=False)
+        expert = np.sort(rng.integers(0, VIRTUAL_EXPERTS, case.tokens))
+        token_slots = rng.choice(adapters, case.tokens) * VIRTUAL_EXPERTS + expert
     else:
         token_slots = rng.integers(0, len(case.ranks), case.tokens)
     bare = rng.permutation(case.tokens)[: round(case.without * case.tokens)]
@@ -211,6 +219,32 @@ def check_shrink_expand(case: LoRACase, implementation, interpret=False) -> None
     _check_expanded(case, inputs, out, shrink_oracle(case, inputs))
 
 
+def embedding_call(case: LoRACase, inputs: LoRAInputs) -> Call:
+    """`lora_embedding_shrink` of random tokens, d_in being the vocabulary."""
+    tokens = seeded(case.id).integers(0, case.d_in, case.tokens, np.int32)
+    a = np.ascontiguousarray(inputs.a[case.layer, :, 0].swapaxes(1, 2))  # [blocks, vocab, rank]
+
+    def shrink(layer, token_slots, slots, tokens, a):
+        routing = kernels.lora_routing(token_slots, implementation="xla")
+        return kernels.lora_embedding_shrink(tokens, a, routing, slots)
+
+    return lora_call(case, inputs, shrink, tokens, a)
+
+
+def check_embedding(case: LoRACase) -> None:
+    """Against the shrink of one-hot rows, exactly, and expanded where the case has one part."""
+    inputs = draw_lora(case)
+    call = embedding_call(case, inputs)
+    h, (*_, tokens, _) = np.asarray(run(call)), call.arguments
+    one_hot = np.eye(case.d_in, dtype=inputs.x.dtype)[tokens]
+    ref = shrink_oracle(case, inputs._replace(x=one_hot))[:, :, :1]
+    assert h.dtype == np.float32
+    np.testing.assert_array_equal(h[0], ref)
+    if len(case.part_widths) == 1:
+        out = np.asarray(run(expand_call(case, inputs, h, "xla")))
+        _check_expanded(case, inputs, out, ref)
+
+
 def _check_expanded(case: LoRACase, inputs: LoRAInputs, out: np.ndarray, h: np.ndarray) -> None:
     assert out.dtype == inputs.y.dtype
     bare = inputs.token_slots < 0
@@ -219,6 +253,7 @@ def _check_expanded(case: LoRACase, inputs: LoRAInputs, out: np.ndarray, h: np.n
 
 
 _QKV, _MIXED_RANKS = (576, 192, 192), (8, 16, 64, 1, 32)
+_EXPERT_RANKS = (16, 8, 0, 24, 16, 0, 4, 40) * VIRTUAL_EXPERTS  # of 8 adapters, 1,024 slots
 
 LORA_CASES = [
     LoRACase("none", 24, (16, 8), without=1.0),
@@ -251,6 +286,10 @@ LORA_CASES = [
     LoRACase("layer-traced-qkv", 17, (8, 40), 576, _QKV, layers=2, layer=1, traced_layer=True),
     LoRACase("many-slots", 24, (16,) * 128, 72, (72,), without=0.1),
     LoRACase("all-slots", 128, (8, 16) * 64, 128, (128,), order="distinct", big=True),
+    *(
+        LoRACase(f"experts-{rows}", rows, _EXPERT_RANKS, 72, (40, 40), order="experts", without=0.1)
+        for rows in (40, 512)
+    ),
     LoRACase("block8", 10, (4, 8, 20), 72, (72,), block_rank=8),
     LoRACase("block32", 10, (4, 32, 80), 72, (72,), block_rank=32),
     LoRACase("decode32-4k", 32, (16,) * 32, 4096, (4096, 1024, 1024), order="distinct", big=True),

@@ -19,6 +19,25 @@ def test_lora(case, check):
     check(case, "xla")
 
 
+@pytest.mark.parametrize("case", cases.LORA_CASES, ids=by_id)
+def test_embedding_shrink(case):
+    cases.check_embedding(case)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_embedding_shrink_copies_nothing(dtype):
+    def array(*shape, dtype="int32"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    slots = kernels.SlotTable(array(8, 4), array(8), array(8, 4, dtype="float32"))
+    case = cases.LoRACase("vocabulary", 32, (16,), 1024, dtype=dtype)
+    call = cases.embedding_call(case, cases.draw_lora(case))
+    stored = kernels.storage_dtype(dtype, implementation="xla")
+    shapes = (array(32), slots, array(32), array(16, 1024, 16, dtype=stored))
+    memory = jax.jit(call.function).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1024 * 16 * stored.itemsize / 2  # of 16 blocks
+
+
 def test_shrink_then_expand():
     for case in cases.LORA_CASES[:12]:
         cases.check_shrink_expand(case, "xla")

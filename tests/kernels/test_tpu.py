@@ -81,10 +81,11 @@ def set_tiles(monkeypatch, tokens: int, columns: int):
     monkeypatch.setattr(lora_tpu, "COLUMN_TILE", columns)
 
 
-def test_many_tiles(races, monkeypatch):
-    """33 tokens and 3072 columns in tiles; the first part ends within a tile."""
-    set_tiles(monkeypatch, 11, 1024)
-    cases.check_shrink_expand(*all_of(LORA, "gate-up"), "tpu", races)
+@pytest.mark.parametrize(("case", "tokens"), [("gate-up", 11), ("experts-40", 8)])
+def test_many_tiles(case, tokens, races, monkeypatch):
+    """33 tokens and 3072 columns, or 40 tokens of many slots; a part ends within a tile."""
+    set_tiles(monkeypatch, tokens, 1024)
+    cases.check_shrink_expand(*all_of(LORA, case), "tpu", races)
 
 
 def test_narrow_last_tiles(monkeypatch):

@@ -332,7 +332,7 @@ def test_token_rows_or_a_whole_matrix(tmp_path):
     for options in ({"max_lora_token_rows": 3}, {"max_lora_full_weights": 1}):
         assert read(tmp_path, modules_of(), config=lora_config(**options)).vocab_rows
     for options in ({}, {"max_lora_token_rows": 2}):
-        with pytest.raises(AdapterError, match=r"max_lora_token_rows=3 or max_lora_full_weights=1"):
+        with pytest.raises(AdapterError, match=r"max_lora_token_rows=3 .or max_lora_full_weights=1"):
             read(tmp_path, modules_of(), config=lora_config(**options))
 
 
