@@ -72,8 +72,7 @@ def check_reserved(lora: LoRAModel, config: LoRAConfig, name: str) -> None:
             found.append(f"{option}={has}")
     if wanted:
         raise AdapterError(
-            f"{name}: needs {', '.join(wanted)}, but the engine was started with "
-            f"{', '.join(found)}"
+            f"{name}: needs {', '.join(wanted)}, but the engine was started with {', '.join(found)}"
         )
 
 
