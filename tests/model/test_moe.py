@@ -43,7 +43,7 @@ def test_rows_are_sorted_by_expert_and_summed_where_they_came_from():
     rng = np.random.default_rng(1)
     tokens, choices, experts = 13, 3, 6
     chosen = np.stack([rng.permutation(experts - 1)[:choices] for _ in range(tokens)])
-    rows = sort_rows(jnp.asarray(chosen, jnp.int32), experts)
+    rows = sort_rows(jnp.asarray(chosen, jnp.int32), experts, None)
     found = chosen.reshape(-1)[np.asarray(rows.order)]
     assert found.tolist() == sorted(chosen.reshape(-1).tolist())
     assert rows.group_sizes.tolist() == np.bincount(chosen.reshape(-1), minlength=experts).tolist()
