@@ -338,10 +338,13 @@ class Reference:
         }
 
     @torch.no_grad()
-    def logprobs(self, tokens: list[int], adapter: str | None, prompt: int) -> np.ndarray:
+    def logprobs(
+        self, tokens: list[int], adapter: str | None, prompt: int | None = None
+    ) -> np.ndarray:
         """[tokens, vocab] log-probabilities of what follows each token.
 
-        prompt: how many of the tokens are the prompt, where invocation tokens are looked for.
+        prompt: how many of the tokens are the prompt, where invocation tokens are looked for (None:
+        all).
         """
         options = {}
         model = self.base if adapter is None else self.models[adapter]

@@ -122,7 +122,8 @@ class Manager(RuleBasedStateMachine):
             with pytest.raises(AdapterInUseError):
                 self.worker.check(self.request(adapter_id))
             return
-        assert self.worker.check(self.request(adapter_id)) == self.worker.identity(adapter_id)
+        version = self.worker.check(self.request(adapter_id))
+        assert version.identity == self.worker.identity(adapter_id)
         if adapter_id in self.host or self.host_has_room():
             self.put_on_host(adapter_id)
 

@@ -260,7 +260,7 @@ def test_checking_reads_once_even_without_room_on_the_host(folders, loads):
     one = worker(max_loras=1, max_cpu_loras=1)
     one.acquire(request(1, folders / "small"))
     first = one.check(request(2, folders / "big"))
-    assert one.check(request(2, folders / "big")) == first == one.identity(2)
+    assert one.check(request(2, folders / "big")) == first == one.version(2)
     assert loads == ["small", "big"]
     assert one.list_adapters() == {1}
     with pytest.raises(AdapterError, match="'a3'"):
@@ -271,7 +271,7 @@ def test_checking_tells_the_version(tmp_path):
     one = worker()
     folder = write_adapter(tmp_path / "a")
     first = one.check(request(1, folder))
-    assert one.check(request(1, folder)) == first == one.identity(1)
+    assert one.check(request(1, folder)) == first == one.version(1)
     write_adapter(folder, make_tensors(rank=5), r=5)
     assert one.check(request(1, folder)) == first  # what is on the host is served
     assert one.check(request(1, folder, load_inplace=True)) != first
