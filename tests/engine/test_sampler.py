@@ -345,7 +345,7 @@ def test_greedy_penalties_are_those_of_the_definition(llm, files):
     assert answers(llm, PROMPTS[1:2], plain) != [[found]]
     # Logits, not log-probabilities: the repetition penalty tells their signs apart.
     reference = Reference(files.model, {})
-    logits = reference.model(torch.tensor([prompt + found])).logits[0].detach().numpy()
+    logits = reference.base(torch.tensor([prompt + found])).logits[0].detach().numpy()
     for index, token in enumerate(found):
         row = adjusted(params, prompt, found[:index], logits[len(prompt) - 1 + index])
         assert row.max() - row[token] < 1e-3
