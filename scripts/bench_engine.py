@@ -37,6 +37,19 @@ SHAPES = {
         "vocab_size": 128256,
         "rope_theta": 500000.0,
     },
+    "olmoe": {  # OLMoE-1B-7B
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "vocab_size": 50304,
+        "rope_theta": 10000.0,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -69,8 +82,8 @@ def write_model(folder: Path, shape: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write_adapter(modules: ModuleMap, folder: Path, rank: int, seed: int) -> Path:
-    """Random bf16 on all seven projections of all layers, as PEFT would save it."""
+def write_adapter(modules: ModuleMap, folder: Path, rank: int, seed: int, dora: bool) -> Path:
+    """Random bf16 on all projections of all layers and experts, as PEFT would save it."""
     rng, tensors = np.random.default_rng(seed), {}
 
     def draw(scale: float, *shape: int) -> np.ndarray:
@@ -83,10 +96,14 @@ def write_adapter(modules: ModuleMap, folder: Path, rank: int, seed: int) -> Pat
         d_in, d_out = place.projection.d_in, place.projection.parts[place.part].width
         tensors[f"base_model.model.{name}.lora_A.weight"] = draw(d_in**-0.5, rank, d_in)
         tensors[f"base_model.model.{name}.lora_B.weight"] = draw(0.01, d_out, rank)
+        if dora:
+            magnitude = np.abs(draw(1.0, d_out)) + ml_dtypes.bfloat16(0.5)
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({part.name for row in modules.projections for part in row.parts})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    config["use_dora"] = dora
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -96,13 +113,17 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.tags = args, {"adapters": args.adapters, "rank": args.rank}
+        if args.dora or args.reserve or args.shape != "8b":
+            self.tags |= {"dora": args.dora, "reserve": args.reserve, "shape": args.shape}
         model = folder / "model"
         write_model(model, args.shape)
         modules = ModuleMap(model_config(load_hf_config(str(model))))
         spare = args.adapters and 8  # for loading while all slots are full
         with ThreadPoolExecutor() as executor:
             made = executor.map(
-                lambda seed: write_adapter(modules, folder / f"adapter{seed}", args.rank, seed),
+                lambda seed: write_adapter(
+                    modules, folder / f"adapter{seed}", args.rank, seed, args.dora
+                ),
                 range(args.adapters + spare),
             )
             paths = list(tqdm(made, total=args.adapters + spare, desc="adapters", leave=False))
@@ -115,6 +136,9 @@ class Bench:
                 "max_loras": args.adapters,
                 "max_cpu_loras": args.adapters + 4,
                 "max_lora_rank": args.max_lora_rank or max(args.rank, 8),
+                "enable_lora_dora": args.dora or args.reserve,
+                "enable_lora_bias": args.reserve,
+                "lora_expert_blocks": args.adapters * (modules.config.num_experts > 0),
             }
         if args.kernels:
             options["kernel_implementation"] = args.kernels
@@ -221,6 +245,10 @@ def main() -> None:
     parser.add_argument("--max-lora-rank", type=int, help="default: the rank")
     parser.add_argument(
         "--in-use", type=int, nargs="+", default=[None], help="adapters a batch uses (default: all)"
+    )
+    parser.add_argument("--dora", action="store_true", help="the adapters are DoRAs")
+    parser.add_argument(
+        "--reserve", action="store_true", help="reserve magnitudes and biases that nobody uses"
     )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--what", nargs="+", default=["decode", "prefill", "throughput", "load"])
