@@ -118,7 +118,7 @@ class Bench:
         model = folder / "model"
         write_model(model, args.shape)
         modules = ModuleMap(model_config(load_hf_config(str(model))))
-        spare = args.adapters and 8  # for loading while all slots are full
+        spare = 8 if args.adapters and "load" in args.what else 0  # loaded while slots are full
         with ThreadPoolExecutor() as executor:
             made = executor.map(
                 lambda seed: write_adapter(
