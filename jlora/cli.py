@@ -15,7 +15,9 @@ from typing import IO, Any
 GENERATE_HELP = """\
 Prompts come from the arguments, from --prompts FILE (one a line; .jsonl: one JSON object a line
 with "prompt" or "prompt_token_ids", and optionally "lora" and any of the sampling options), or from
-standard input. Answers are JSON lines in the order of the prompts.
+standard input. Answers are JSON lines in the order of the prompts. What the adapters of --lora need
+(rank, DoRA, biases, vocabulary, experts) is reserved, and each has a slot unless --max-loras says
+fewer.
 
   jlora generate MODEL "Hello" --lora sql=path/to/adapter --use sql
 """
@@ -140,7 +142,7 @@ def _generate(args: argparse.Namespace) -> int:
     options = _given(args, ENGINE)
     if requests:
         options = {"enable_lora": True, "max_loras": len(requests), **options}
-        options.setdefault("max_lora_rank", _largest_rank(list(adapters.values())))
+        options["lora_modules"] = list(requests.values())  # reserves what they need
     llm = LLM(args.model, enforce_eager=args.enforce_eager, **options)
     outputs = llm.generate(prompts, params, lora_request=loras)
     with _output(args.out) as file:
@@ -154,12 +156,6 @@ def _named_path(item: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ValueError(f"--lora {item!r} must be NAME=PATH")
     return name, path
-
-
-def _largest_rank(paths: list[str]) -> int:
-    from jlora.manager.peft import largest_rank
-
-    return max(largest_rank(path) for path in paths)
 
 
 def _rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:

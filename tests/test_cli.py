@@ -10,6 +10,7 @@ import pytest
 
 import jlora
 from jlora.cli import main
+from tests.reference import make_adapter
 
 ASSETS = Path(jlora.__file__).parent / "demo_assets"
 SMALL = [
@@ -60,6 +61,19 @@ def test_jsonl_names_adapter_and_options_for_each_line(capsys, tmp_path):
     assert texts(rows)[:2] == ["uryyb", "he"]
     assert len(rows[2]["outputs"]) == 2
     assert rows[1]["outputs"][0]["finish_reason"] == "length"
+
+
+def test_what_the_adapters_need_is_reserved(capsys, tmp_path):
+    base = ASSETS / "base"
+    make_adapter(base, tmp_path / "dora", r=20, target_modules=["q_proj"], use_dora=True)
+    make_adapter(base, tmp_path / "head", size=0, r=2, target_modules=["lm_head"])
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "hello =", "lora": name} for name in ("dora", "head", "upper")]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    loras = [f"--lora={name}={tmp_path / name}" for name in ("dora", "head")]
+    rows, _ = generate(capsys, f"--prompts={file}", *loras, lora("upper"), *SMALL)
+    assert [row["lora"] for row in rows] == ["dora", "head", "upper"]
+    assert texts(rows)[1:] == ["hello", "HELLO"]
 
 
 def test_standard_input_one_prompt_a_line(capsys, monkeypatch):

@@ -403,7 +403,7 @@ class LLMEngine:
         return self._manager().list_adapters()
 
     def lora_tensor_counts(self, lora_id: int) -> dict[str, int]:
-        """How many tensors of an adapter's file went to each row of the projection table.
+        """How many of an adapter's tensors went to each row of the projection table, or to "bias".
 
         Raises KeyError when the adapter is not on the host. A mixture has none of its own.
         """

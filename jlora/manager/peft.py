@@ -200,10 +200,3 @@ def content_identity(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> s
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return f"memory:{digest.hexdigest()}"
-
-
-def largest_rank(path: str) -> int:
-    """The largest rank that the configuration of an adapter folder or Hub repository names."""
-    adapter = f"adapter {path}"
-    helper = read_config(resolve_adapter_path(path, adapter), adapter)
-    return max(helper.r, *helper.rank_pattern.values(), 0)
