@@ -73,6 +73,8 @@ class LoRARequest:
                 raise ValueError(
                     f"{name}: {option} must be a dictionary, not {type(value).__name__}"
                 )
+        if not all(isinstance(key, str) for key in self.lora_tensors or ()):
+            raise ValueError(f"{name}: the names of lora_tensors must be strings")
         if (self.lora_tensors is None) != (self.peft_config is None):
             raise ValueError(f"{name}: lora_tensors and peft_config belong together")
         if self.combination_type not in COMBINATION_TYPES:

@@ -22,6 +22,7 @@ from jlora.manager import (
     FeatureWrite,
     LoRAModelManager,
     SlotMap,
+    Write,
     feature_rows,
     no_features,
     pool_rows,
@@ -196,8 +197,18 @@ class AdapterPool:
             self._write_matrix(name, 0, np.zeros(full.shape[1:], self._dtype))
 
     def apply(self, manager: LoRAModelManager) -> None:
-        """Writes what the manager says must be written, and takes over its slot tables."""
+        """Writes what the manager says must be written, and takes over its slot tables.
+
+        After an error everything is still to be written.
+        """
         writes = manager.take_writes()
+        try:
+            self._apply(manager, writes)
+        except BaseException:  # an interrupt too
+            manager.put_back(writes)
+            raise
+
+    def _apply(self, manager: LoRAModelManager, writes: list[Write]) -> None:
         for write in writes:
             if isinstance(write, BlockWrite):
                 row = write.projection

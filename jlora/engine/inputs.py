@@ -100,6 +100,7 @@ class InputProcessor:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             stop_ids=stops if params.ignore_eos else stops | eos_ids,
             tokenizer=tokenizer,
+            adapter_version=version,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
 

@@ -191,7 +191,12 @@ class Scheduler:
             return False
         sequence.slot = slot
         # Not earlier: its files may have changed while the request waited.
-        sequence.adapter_identity = self.lora.identity(request.lora_int_id)
+        adapter_id, checked = request.lora_int_id, sequence.request.adapter_version
+        if checked is not None and not self.lora.version(adapter_id).takes_requests_for(checked):
+            self._release_slot(sequence)
+            self._fail(sequence, "its adapter has become one with other tokens while it waited")
+            return False
+        sequence.adapter_identity = self.lora.identity(adapter_id)
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jlora.engine.detokenizer import Detokenizer
 from jlora.engine.kv_pages import Prefix
+from jlora.manager import AdapterVersion
 from jlora.request import (
     Logprob,
     Logprobs,
@@ -120,6 +121,7 @@ class RequestState:
     max_tokens: int
     stop_ids: frozenset[int]
     tokenizer: Any = None
+    adapter_version: AdapterVersion | None = None  # for which it was checked
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None

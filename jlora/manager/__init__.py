@@ -11,12 +11,13 @@ from jlora.manager.blocks import (
 from jlora.manager.features import FeatureWrite, feature_rows, no_features
 from jlora.manager.loader import AdapterLoader
 from jlora.manager.lora_model import (
+    BaseWeight,
     LoRALayerWeights,
     LoRAModel,
     PackedLoRALayerWeights,
     VocabRows,
 )
-from jlora.manager.manager import LoRAModelManager
+from jlora.manager.manager import LoRAModelManager, Write
 from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft_config import PEFTHelper, other_base_model
 from jlora.manager.requirements import UNLIMITED, fitted, options_for
@@ -44,6 +45,7 @@ __all__ = [
     "SlotMap",
     "VocabRows",
     "WorkerLoRAManager",
+    "Write",
     "blocks_needed",
     "feature_rows",
     "fitted",

@@ -92,7 +92,7 @@ class AdapterLoader:
                 request.lora_tensors,
                 PEFTHelper.from_dict(config, name),
                 *limits,
-                identity=content_identity(request.lora_tensors, config),
+                identity=content_identity(request.lora_tensors, config, name),
                 base_weight=self._base_weight,
             )
         else:
@@ -153,7 +153,8 @@ class AdapterLoader:
     def identity(self, request: LoRARequest, folder: Path | None = None) -> str:
         """The identity that the request's adapter would have if it were loaded now."""
         if request.lora_tensors is not None:
-            return content_identity(request.lora_tensors, request.peft_config or {})
+            name = f"adapter {request.lora_name!r}"
+            return content_identity(request.lora_tensors, request.peft_config or {}, name)
         if request.components is not None:
             return self._read(request, None, lambda _: None)[0].identity
         return file_identity(folder or self.folder(request))
@@ -166,7 +167,8 @@ def source(request: LoRARequest) -> str:
         return f"{request.combination_type} of {', '.join(parts)}"
     if request.lora_tensors is not None:
         config: Mapping[str, Any] = request.peft_config or {}
-        identity = content_identity(request.lora_tensors, config)
+        name = f"adapter {request.lora_name!r}"
+        identity = content_identity(request.lora_tensors, config, name)
         return f"tensors in memory ({identity.removeprefix('memory:')[:12]})"
     path = os.path.expanduser(request.lora_path)
     return os.path.realpath(path) if os.path.isdir(path) else request.lora_path
@@ -177,5 +179,6 @@ def same_words(one: LoRARequest, other: LoRARequest) -> bool:
     return (
         one.lora_path == other.lora_path
         and one.lora_tensors is other.lora_tensors
+        and one.peft_config is other.peft_config
         and one.components is other.components
     )

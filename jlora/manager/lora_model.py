@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jlora.config import LoRAConfig
-from jlora.manager.peft import file_identity, open_adapter
+from jlora.manager.peft import as_array, file_identity, open_adapter
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.reader import read_parts
 from jlora.manager.requirements import check_reserved, expert_blocks, needs
@@ -142,11 +142,15 @@ class LoRAModel:
         """Places each tensor ("base_model.model.<module>.lora_A.weight") or raises AdapterError.
 
         tensors: anything that numpy makes an array of; names as in a file, or as PEFT has them in
-        memory, with an adapter's name ("...lora_A.default.weight").
+        memory, with an adapter's name ("...lora_A.default.weight"). They are copied: the caller
+        may go on to change them.
         """
         name = name or f"adapter {lora_model_id}"
         source = Source(name, peft_helper, modules, lora_config, base_weight)
-        arrays = [(without_adapter_name(key), np.asarray(one)) for key, one in tensors.items()]
+        arrays = [
+            (without_adapter_name(key), as_array(one, key, name).copy())
+            for key, one in tensors.items()
+        ]
         if len(dict(arrays)) < len(arrays):
             source.fail("a tensor is there twice, under the names of several adapters")
         return cls._from_source(lora_model_id, source, dict(arrays), identity)

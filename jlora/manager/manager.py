@@ -399,6 +399,21 @@ class LoRAModelManager:
         writes, self._writes = self._writes, []
         return writes
 
+    def put_back(self, writes: list[Write]) -> None:
+        """They were taken, and not all could be written: they are due again."""
+        self._writes = writes + self._writes
+
+    def vacate_unwritten(self) -> None:
+        """Takes the adapters that wait to be written out of their slots, but for held ones.
+
+        So one that cannot be written fails only the steps that want it.
+        """
+        unwritten = [write.lora for write in self._writes]
+        for adapter_id, slot in list(self._slots.items()):
+            waits = any(lora in unwritten for lora, _ in self._listed[slot].components)
+            if waits and self._evictable(adapter_id):
+                self.deactivate_adapter(adapter_id)
+
 
 def _sum(needs: Iterable[Mapping[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()

@@ -192,11 +192,22 @@ def file_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def content_identity(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def as_array(value: Any, key: str, adapter: str) -> np.ndarray:
+    """A tensor in memory as numpy sees it, perhaps the same memory."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"{adapter}: tensor {key} is no array for numpy: {error}") from error
+    if array.dtype.hasobject:
+        raise AdapterError(f"{adapter}: tensor {key} is no array of numbers: {type(value)}")
+    return array
+
+
+def content_identity(tensors: Mapping[str, Any], config: Mapping[str, Any], adapter: str) -> str:
     """Names an adapter in memory by what it holds."""
     digest = hashlib.blake2b(repr(sorted(config.items(), key=str)).encode(), digest_size=16)
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.ascontiguousarray(as_array(tensors[name], name, adapter))
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return f"memory:{digest.hexdigest()}"

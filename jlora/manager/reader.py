@@ -63,8 +63,8 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
         loras[one.module_name] = one
     _tie(source, loras)
     rows = vocabulary.read()
-    _refuse_combinations(source, loras, rows, vocabulary.added)
     biases = {canonical(source, bias.module): source.read(bias) for bias in groups.biases}
+    _refuse_combinations(source, loras, rows, biases)
     return Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
 
 
@@ -162,13 +162,21 @@ def _tie(source: Source, loras: dict[str, LoRALayerWeights]) -> None:
 
 
 def _refuse_combinations(
-    source: Source, loras: dict[str, LoRALayerWeights], rows: dict[str, VocabRows], added: int
+    source: Source,
+    loras: dict[str, LoRALayerWeights],
+    rows: dict[str, VocabRows],
+    biases: dict[str, np.ndarray],
 ) -> None:
-    """What PEFT does not make, or nobody can mean."""
+    """What PEFT does not make, nobody can mean, or is not served."""
     if source.helper.invocation_tokens:
         if EMBED in loras:
             source.fail("alora_invocation_tokens exclude an adapter of embed_tokens, as in PEFT")
-        vocab = source.modules.config.vocab_size + added
+        if rows or biases:  # which act before the invocation too, and without one
+            source.fail(
+                "alora_invocation_tokens beside rows of embed_tokens and lm_head (modules_to_save, "
+                "trainable_token_indices, added tokens) or biases of its own is not supported"
+            )
+        vocab = source.modules.config.vocab_size
         for token in source.helper.invocation_tokens:
             if token >= vocab:
                 source.fail(f"alora_invocation_tokens hold {token}, expected less than {vocab}")

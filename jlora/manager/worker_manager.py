@@ -42,6 +42,11 @@ class AdapterVersion:
     added_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
 
+    def takes_requests_for(self, other: AdapterVersion) -> bool:
+        """Whether what was found out about a request for the other one holds for this one."""
+        mine, others = self.added_tokens, other.added_tokens
+        return mine == others and self.invocation_tokens == other.invocation_tokens
+
 
 _Loaded = tuple[Adapter, AdapterVersion]
 
@@ -138,7 +143,7 @@ class WorkerLoRAManager:
             if source(other) != source(request):
                 raise AdapterError(
                     f"adapter {request.lora_name!r}: id {request.lora_int_id} stands for "
-                    f"{other.lora_path} in the same step, not {request.lora_path}; use another id"
+                    f"{source(other)} in the same step, not {source(request)}; use another id"
                 )
             wanted[request.lora_int_id] = other if other.load_inplace else request
         return wanted
