@@ -196,8 +196,18 @@ class AdapterPool:
             self._write_matrix(name, 0, np.zeros(full.shape[1:], self._dtype))
 
     def apply(self, manager: LoRAModelManager) -> None:
-        """Writes what the manager says must be written, and takes over its slot tables."""
+        """Writes what the manager says must be written, and takes over its slot tables.
+
+        After an error all of it is to be written again.
+        """
         writes = manager.take_writes()
+        try:
+            self._apply(writes, manager)
+        except BaseException:
+            manager.put_back(writes)
+            raise
+
+    def _apply(self, writes: list[BlockWrite | FeatureWrite], manager: LoRAModelManager) -> None:
         for write in writes:
             if isinstance(write, BlockWrite):
                 row = write.projection

@@ -399,6 +399,10 @@ class LoRAModelManager:
         writes, self._writes = self._writes, []
         return writes
 
+    def put_back(self, writes: list[Write]) -> None:
+        """Writes that `take_writes` gave, and that could not all be made."""
+        self._writes = writes + self._writes
+
 
 def _sum(needs: Iterable[Mapping[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()

@@ -65,6 +65,8 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
     rows = vocabulary.read()
     _refuse_combinations(source, loras, rows, vocabulary.added)
     biases = {canonical(source, bias.module): source.read(bias) for bias in groups.biases}
+    if source.helper.invocation_tokens:
+        _check_activated(source, rows, biases)
     return Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
 
 
@@ -159,6 +161,26 @@ def _tie(source: Source, loras: dict[str, LoRALayerWeights]) -> None:
     if helper.use_dora:
         source.fail(f"{name} has no lora_magnitude_vector")
     loras[name] = LoRALayerWeights(name, one.rank, helper.alpha(name), a, b, helper.scaling(name))
+
+
+def _check_activated(
+    source: Source, rows: dict[str, VocabRows], biases: dict[str, np.ndarray]
+) -> None:
+    """Raises for what PEFT's activated LoRA changes before the invocation too.
+
+    There the base's KV is used; only added tokens, which the base has not, change nothing of it.
+    """
+    for module, changed in rows.items():
+        if (changed.ids < source.modules.config.vocab_size).any():
+            source.fail(
+                f"alora_invocation_tokens beside rows of {module} that are not the base's are not "
+                "supported: PEFT uses such rows before the invocation too"
+            )
+    if biases:
+        source.fail(
+            f"alora_invocation_tokens beside bias={source.helper.bias!r} are not supported: PEFT "
+            "adds such biases before the invocation too"
+        )
 
 
 def _refuse_combinations(
