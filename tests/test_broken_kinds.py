@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import ml_dtypes
@@ -135,3 +136,110 @@ def test_a_step_that_fails_while_it_writes_an_adapter_leaves_it_unwritten(tmp_pa
         shutil.move(away / file.name, file)
     outputs = answers(llm, [request, None])
     check(outputs, Reference(tmp_path / "model", adapters), ["a", None])
+
+
+class Merged:
+    """The base with other weights: of adapters that PEFT cannot make with this transformers."""
+
+    def __init__(self, model, change):
+        self.base = load_base(model)
+        with torch.no_grad():
+            change(dict(self.base.named_parameters()))
+
+    @torch.no_grad()
+    def logprobs(self, tokens, adapter, prompt=None):
+        return torch.log_softmax(self.base(torch.tensor([tokens])).logits[0].double(), -1).numpy()
+
+
+def written(folder, tensors, **config):
+    """An adapter folder by hand."""
+    folder.mkdir()
+    named = {f"base_model.model.{key}": one for key, one in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    return LoRARequest(folder.name, 1, str(folder))
+
+
+def normal(*shape, seed=0, scale=0.3):
+    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken") / "moe"
+    make_model("qwen3-moe", folder)
+    return folder
+
+
+def dora(weight, a, b, magnitude):
+    whole = weight + torch.tensor(b) @ torch.tensor(a)
+    return torch.tensor(magnitude)[:, None] * whole / whole.norm(dim=1, keepdim=True)
+
+
+def test_dora_of_single_experts(moe, tmp_path):
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    a, b, magnitude = normal(2, 24), normal(48, 2, seed=1), 2 + normal(48, seed=2)
+    tensors = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": magnitude}
+    request = written(
+        tmp_path / "a",
+        {f"{name}.{key}": one for key, one in tensors.items()},
+        r=2,
+        lora_alpha=2,
+        target_modules=["down_proj"],
+        use_dora=True,
+    )
+
+    def change(parameters):
+        weight = parameters["model.layers.1.mlp.experts.down_proj"]
+        weight[2] = dora(weight[2], a, b, magnitude)
+
+    try:
+        llm = engine(moe, lora_modules=[request])
+    except AdapterError as error:
+        assert "DoRA" in str(error) or "lora_magnitude_vector" in str(error)
+        return
+    check(answers(llm, [request] * 2), Merged(moe, change), ["a"] * 2)
+
+
+def test_lora_bias_of_single_experts(moe, tmp_path):
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    tensors = {
+        f"{name}.lora_A.weight": normal(2, 24),
+        f"{name}.lora_B.weight": normal(48, 2),
+        f"{name}.lora_B.bias": normal(48),
+    }
+    with pytest.raises(AdapterError, match=r"lora_bias|lora_B\.bias"):
+        engine(
+            moe,
+            lora_modules=[
+                written(
+                    tmp_path / "a",
+                    tensors,
+                    r=2,
+                    lora_alpha=2,
+                    target_modules=["down_proj"],
+                    lora_bias=True,
+                )
+            ],
+        )
+
+
+def test_dora_of_a_router(moe, tmp_path):
+    name = "model.layers.1.mlp.gate"
+    a, b, magnitude = normal(2, 48), normal(4, 2, seed=1), 2 + normal(4, seed=2)
+    tensors = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": magnitude}
+    request = written(
+        tmp_path / "a",
+        {f"{name}.{key}": one for key, one in tensors.items()},
+        r=2,
+        lora_alpha=2,
+        target_modules=["gate"],
+        use_dora=True,
+    )
+
+    def change(parameters):
+        weight = parameters["model.layers.1.mlp.gate.weight"]
+        weight.copy_(dora(weight, a, b, magnitude))
+
+    llm = engine(moe, lora_modules=[request])
+    check(answers(llm, [request] * 2), Merged(moe, change), ["a"] * 2)
