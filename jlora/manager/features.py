@@ -96,9 +96,12 @@ class FeatureWrite:
     def matrix(self, vocab: int, base_weight: BaseWeight) -> np.ndarray:
         """[vocab, hidden]: the base's with the adapter's rows in it; zero past the last."""
         own = self.lora.vocab_rows[self.projection.name]
-        matrix = np.zeros((vocab, own.rows.shape[1]), own.rows.dtype)
-        if len(own.ids) < self.modules.config.vocab_size:
+        known, hidden = self.modules.config.vocab_size, own.rows.shape[1]
+        if np.count_nonzero(own.ids < known) == known:
+            matrix = np.zeros((vocab, hidden), own.rows.dtype)
+        else:
             base = base_weight(f"{self.modules.name(self.projection, 0)}.weight")
+            matrix = np.zeros((vocab, hidden), np.result_type(base, own.rows))
             matrix[: len(base)] = base
         matrix[own.ids] = own.rows
         return matrix

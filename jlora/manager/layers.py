@@ -123,6 +123,11 @@ def check_layer(source: Source, layer: Layer, added: int) -> None:
         "model"
     )
     for kind, tensor in layer.tensors.items():
+        if place.projection.experts and kind in ("lora_magnitude_vector", "lora_B.bias"):
+            source.fail(
+                f"tensor {tensor.key} is not supported: DoRA and lora_bias are not served of single "
+                "experts"
+            )
         if kind in wanted:
             source.check(tensor, shapes[kind], why)
         elif kind != "lora_velora_embed":
