@@ -42,6 +42,8 @@ class LoRARequest:
     combination_type: str = "cat"
     lora_tensors: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     peft_config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    # Arrays do not compare with ==: requests are equal when they hold the same dictionaries.
+    _memory: tuple[int, int] = field(init=False, default=(0, 0), repr=False)
 
     def __post_init__(self) -> None:
         number = self.lora_int_id
@@ -75,6 +77,8 @@ class LoRARequest:
                 )
         if not all(isinstance(key, str) for key in self.lora_tensors or ()):
             raise ValueError(f"{name}: the names of lora_tensors must be strings")
+        if self.lora_tensors is not None:
+            object.__setattr__(self, "_memory", (id(self.lora_tensors), id(self.peft_config)))
         if (self.lora_tensors is None) != (self.peft_config is None):
             raise ValueError(f"{name}: lora_tensors and peft_config belong together")
         if self.combination_type not in COMBINATION_TYPES:

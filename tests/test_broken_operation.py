@@ -64,9 +64,9 @@ def ask(llm, request, tokens=None, **changes):
     """The answer to one prompt."""
     params = dataclasses.replace(PARAMS, **changes)
     tokens = prompt() if tokens is None else tokens
-    return llm.generate(
-        {"prompt_token_ids": tokens}, params, lora_request=request, use_tqdm=False
-    )[0]
+    return llm.generate({"prompt_token_ids": tokens}, params, lora_request=request, use_tqdm=False)[
+        0
+    ]
 
 
 def check(reference, name, output):

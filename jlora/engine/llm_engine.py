@@ -61,6 +61,11 @@ class LLMEngine:
             model = dataclasses.replace(model, extra_vocab_size=extra)
         self.args, self.model_config = args, model
         self._check_sizes()
+        if implementation == "tpu" and args.allow_nonfinite_loras:
+            raise NotImplementedError(
+                "allow_nonfinite_loras=True is not supported on TPU: its kernels multiply tokens "
+                "of one tile with the blocks of each other's adapters, and 0 * NaN is NaN"
+            )
         self.modules = ModuleMap(model)
         self.inputs = InputProcessor(args, model)
         seed = args.seed if args.load_format == "dummy" else None

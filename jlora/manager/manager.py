@@ -224,14 +224,18 @@ class LoRAModelManager:
         needs: of each of them. beside: adapters that are active now; those that are in needs too
         count as needs says.
         """
-        others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
-        if len(others) + len(needs) > self.lora_slots:
+        if len(beside | needs.keys()) > self.lora_slots:
             return False
+        return self.short_of(needs, beside) is None
+
+    def short_of(self, needs: Mapping[int, Needs], beside: set[int]) -> str | None:
+        """The first pool that has too few blocks for what `fits` asks, None when none has."""
+        others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
         together: dict[str, Mapping[str, int]] = {}
         for one in (*map(self._needs_in, others), *needs.values()):
             together |= one
         taken = _sum(together.values())
-        return all(count <= self._size(name) for name, count in taken.items())
+        return next((name for name, count in taken.items() if count > self._size(name)), None)
 
     def _size(self, name: str) -> int:
         return self.pools[name].num_blocks if name in self.pools else 0

@@ -81,4 +81,10 @@ def _linear(
             a = a + np.copysign(root, scale) * one.lora_a.astype(np.float32)
             b = b + root * one.lora_b.astype(np.float32)
         loras[module] = LoRALayerWeights(module, ranks[0], ranks[0], a, b, 1.0)
-    return LoRAModel(mixture_id, max(one.rank for one in loras.values()), loras, identity)
+    return LoRAModel(
+        mixture_id,
+        max(one.rank for one in loras.values()),
+        loras,
+        identity,
+        expert_blocks=max(lora.expert_blocks for lora, _ in components),
+    )

@@ -26,6 +26,16 @@ from jlora.manager.peft_values import CONFIG_NAME
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+# What is taken of a Hub repository besides the weights: the tokeniser may have tokens of its own.
+_HUB_FILES = (
+    CONFIG_NAME,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
 _LARGEST_CONFIG = 1 << 25
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
 _DTYPES = {
@@ -94,9 +104,9 @@ def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        folder = Path(snapshot_download(path, allow_patterns=[*_HUB_FILES, WEIGHTS_NAME]))
         if not (folder / WEIGHTS_NAME).exists():
-            folder = Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, PICKLE_NAME]))
+            folder = Path(snapshot_download(path, allow_patterns=[*_HUB_FILES, PICKLE_NAME]))
         return folder
     except Exception as error:
         raise AdapterError(

@@ -66,7 +66,8 @@ class WorkerLoRAManager:
         base_weight: reads a tensor of the base's checkpoint, for adapters that bring one along.
         model_name: of the base; adapters that name another one are warned of.
         """
-        known = {part.name for row in modules.projections for part in row.parts}
+        rows = (*modules.projections, *modules.vocab_projections)
+        known = {part.name for row in rows for part in row.parts}
         unknown = sorted(set(lora_config.target_modules or ()) - known)
         if unknown:
             raise ValueError(
@@ -232,6 +233,8 @@ class WorkerLoRAManager:
         for name in self.modules.names():
             place = self.modules.place(name)
             assert place is not None  # names() are the places
+            if place.projection.experts:  # reserved on request, and by far larger
+                continue
             width = place.projection.parts[place.part].width
             a = np.broadcast_to(zero, (rank, place.projection.d_in))
             loras[name] = LoRALayerWeights(
@@ -262,11 +265,21 @@ class WorkerLoRAManager:
                 f"{name}: all {manager.lora_slots} slots hold pinned adapters; raise max_loras or "
                 "remove one"
             )
-        if needs is not None and not manager.fits({request.lora_int_id: needs}, manager.pinned):
+        short = manager.short_of({request.lora_int_id: needs or {}}, manager.pinned)
+        if short is not None:
             raise AdapterInUseError(
-                f"{name}: pinned adapters leave too few rank blocks for it; raise lora_pool_blocks "
-                f"(now {self.lora_config.pool_blocks}) or remove one"
+                f"{name}: pinned adapters leave too few rank blocks of {short} for it; raise "
+                f"{self._pool_option(short)} or remove one"
             )
+
+    def _pool_option(self, name: str) -> str:
+        """The option that sets how many blocks a pool has, and its value."""
+        row, config = self.manager.rows.get(name), self.lora_config
+        if row is None:
+            return f"max_lora_full_weights (now {config.max_lora_full_weights})"
+        if row.experts:
+            return f"lora_expert_blocks (now {config.lora_expert_blocks})"
+        return f"lora_pool_blocks (now {config.pool_blocks})"
 
     def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Needs:
         version = self._versions[adapter_id] if loaded is None else loaded[1]

@@ -13,6 +13,8 @@ from jlora.model.adapters import TokenAdapters, TokenRows
 from jlora.model.layers import AXIS
 from jlora.projections import EMBED, HEAD, Feature
 
+OWN_ROWS_AT_ONCE = 1 << 24  # numbers of adapters' own rows that are gathered for logits at once
+
 
 def stored_vocab(config: ModelConfig, shards: int) -> int:
     """Vocabulary rows, those that adapters may add too, padded so that every device has as many."""
@@ -141,13 +143,13 @@ def _own_token_logits(
 ) -> Float[Array, "rows vocab"]:
     slot = adapters.feature(Feature.HEAD_ROWS)
     ids = own.ids[slot]  # [rows, own]
-    values = jnp.einsum(
-        "rw,row->ro",
-        hidden,
-        own.rows[slot].astype(hidden.dtype),
-        precision=kernels.dot_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+
+    def of_one(one: tuple[Array, Array]) -> Array:
+        return _dot(one[0][None], own.rows[one[1]])[0]
+
+    # A few at a time: each takes a copy of its slot's rows.
+    at_once = max(OWN_ROWS_AT_ONCE // own.rows[0].size, 1)
+    values = jax.lax.map(of_one, (hidden, slot), batch_size=min(at_once, hidden.shape[0]))
     column = ids - jax.lax.axis_index(AXIS) * local.shape[1]
     outside = (ids < 0) | (column < 0) | (column >= local.shape[1])
     column = jnp.where(outside, local.shape[1], column)  # dropped
