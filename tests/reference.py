@@ -277,6 +277,7 @@ def special_kinds(family: str) -> dict[str, dict]:
         kinds["experts"] = {"r": 3, "target_modules": [q], "target_parameters": where}
         kinds["experts-up"] = {"r": 18, "target_modules": [v], "target_parameters": where[:1]}
         kinds["experts-down"] = {"r": 5, "target_modules": [], "target_parameters": where[1:]}
+        kinds["all-linear"] = {"r": 2, "target_modules": "all-linear"}
         kinds["router"] = {"r": 2, "target_modules": [], "target_parameters": ["mlp.gate.weight"]}
     return kinds
 
