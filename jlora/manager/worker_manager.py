@@ -31,9 +31,9 @@ class AdapterVersion:
     """What an adapter id stands for, from the last time it was loaded.
 
     name: of the request that loaded it. request: itself; None when that would keep alive the
-    arrays of an adapter that is not on the host any more. source: what it named, whatever the spelling. folder: of its files,
-    if it has any. needs: what it takes on the device. added_tokens, invocation_tokens: see
-    LoRAModel.
+    arrays of an adapter that is not on the host any more. source: what it named, whatever the
+    spelling. folder: of its files, if it has any. needs: what it takes on the device.
+    added_tokens, invocation_tokens: see LoRAModel.
     """
 
     name: str
@@ -270,9 +270,21 @@ class WorkerLoRAManager:
             )
         if needs is not None and not manager.fits({request.lora_int_id: needs}, manager.pinned):
             raise AdapterInUseError(
-                f"{name}: pinned adapters leave too few rank blocks for it; raise lora_pool_blocks "
-                f"(now {self.lora_config.pool_blocks}) or remove one"
+                f"{name}: there are too few rank blocks for it beside the pinned adapters; raise "
+                f"{' or '.join(self._limits(needs))}, or unpin one by removing it"
             )
+
+    def _limits(self, needs: Needs) -> list[str]:
+        """The options that limit what an adapter takes, with their values."""
+        config, taken = self.lora_config, {row for one in needs.values() for row in one}
+        experts = {row.name for row in self.modules.projections if row.experts}
+        full = {row for row in taken if row not in self.manager.rows}
+        found = {
+            f"lora_pool_blocks (now {config.pool_blocks})": taken - experts - full,
+            f"lora_expert_blocks (now {config.lora_expert_blocks})": taken & experts,
+            f"max_lora_full_weights (now {config.max_lora_full_weights})": full,
+        }
+        return [option for option, rows in found.items() if rows]
 
     def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Needs:
         version = self._versions[adapter_id] if loaded is None else loaded[1]
