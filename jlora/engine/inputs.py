@@ -57,6 +57,7 @@ class InputProcessor:
         self.eos_ids = self._ends(self.tokenizer, model.vocab_size)
         # By what is in the files, so that thousands of adapters may bring copies of one.
         self._tokenizers: dict[bytes, Any] = {b"": self.tokenizer}
+        self._contents: dict[str, bytes] = {}  # by the adapters' identities
         source = Path(args.tokenizer or args.model)
         if source.is_dir():
             self._tokenizers[_tokenizer_content(_tokenizer_files(source))] = self.tokenizer
@@ -127,7 +128,10 @@ class InputProcessor:
             raise AdapterError(
                 f"{name}: its tokeniser takes {size} bytes, expected at most {MAX_TOKENIZER_BYTES}"
             )
-        content = _tokenizer_content(files)
+        if version.folder.is_dir():
+            self._contents[version.identity] = _tokenizer_content(files)
+        # A folder that is gone: what it held, since the adapter may still be there.
+        content = self._contents.get(version.identity, b"")
         if content in self._tokenizers:
             return self._tokenizers[content]
         from transformers import AutoTokenizer
