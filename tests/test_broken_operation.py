@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import json
@@ -26,6 +27,7 @@ from tests.reference import (
     make_model,
     special_kinds,
 )
+from tests.test_adapter_kinds import Mixed, mixture
 from tests.test_against_peft import engine
 
 KINDS = special_kinds("llama-bias")
@@ -275,15 +277,13 @@ def test_a_request_is_not_served_by_an_adapter_it_was_not_checked_for(files, tmp
     shutil.rmtree(folder)
     shutil.copytree(special(files, new), folder)
     outputs = []
-    try:
+    with contextlib.suppress(AdapterError):
         core.add_request(
             "reloads",
             {"prompt_token_ids": prompt()},
             PARAMS,
             lora_request=dataclasses.replace(request, load_inplace=True),
         )
-    except AdapterError:
-        pass
     while core.has_unfinished_requests():
         outputs += core.step()
     answer = next(one for one in outputs if one.request_id == "waits" and one.finished)
@@ -311,7 +311,7 @@ def plain_adapters(files, count=3, rank=4):
     [(3e38, "cat", "float32"), (3e38, "linear", "float32"), (1e14, "linear", "float16")],
 )
 def test_a_mixture_of_huge_weight_hurts_nobody_else(files, weight, combination, dtype):
-    folders, requests = plain_adapters(files)
+    _, requests = plain_adapters(files)
     llm = engine(files / "model", max_lora_blocks=4, lora_dtype=dtype)
     names = [None, "1", "2"] * 2
     others = [None if name is None else requests[int(name)] for name in names]
@@ -680,3 +680,74 @@ def test_arrays_of_evicted_adapters_are_let_go(files):
     other = dataclasses.replace(again, lora_tensors=dict(again.lora_tensors))
     with pytest.raises(AdapterError, match=r"id 1 stands for"):
         ask(llm, other)
+
+
+def test_the_tokeniser_of_an_adapter_whose_folder_is_gone(talks, llm, tmp_path):
+    def change(tokenizer):
+        tokenizer.chat_template = "{% for m in messages %}new: {{ m['content'] }}{% endfor %}"
+
+    request = with_tokenizer(talks, tmp_path, change)
+    chat = [{"role": "user", "content": "dogs"}]
+    first = llm.chat(chat, PARAMS, lora_request=request)[0]
+    shutil.rmtree(tmp_path / "x")
+    again = llm.chat(chat, PARAMS, lora_request=request)[0]  # it is on the host
+    assert again.prompt == first.prompt
+    assert again.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_a_missing_matrix_names_its_option(files):
+    options = {**EVERYTHING, "max_loras": 2, "max_lora_token_rows": 0}
+    llm = engine(files / "model", **options)
+    requests = [
+        LoRARequest(str(i), i + 1, str(special(files, "saved-head", seed=i))) for i in range(2)
+    ]
+    for request in requests:  # one at a time
+        ask(llm, request)
+    llm.llm_engine.pin_lora(2)
+    with pytest.raises(AdapterError, match=r"'0'.*max_lora_full_weights \(now 1\)"):
+        ask(llm, requests[0])
+    ask(llm, LoRARequest("plain", 3, str(files / "plain")))
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear"])
+def test_a_mixture_in_the_vocabulary_is_pefts(files, combination):
+    folders = {}
+    for seed, name in enumerate("ab"):
+        folders[name] = files / f"vocabulary-{name}"
+        if not folders[name].exists():
+            modules = ["embed_tokens", "lm_head", "q_proj"]
+            make_adapter(files / "model", folders[name], seed=seed, r=4, target_modules=modules)
+    llm = engine(files / "model", enable_lora_embeddings=True, max_lora_blocks=4)
+    mixed = mixture(folders, "ab", combination)
+    peft = Mixed(files / "model", folders, "ab", combination)
+    check(peft, "mix", ask(llm, mixed))
+    check(Reference(files / "model", {}), None, ask(llm, None))
+
+
+def test_an_answer_is_of_one_version(files, tmp_path):
+    """Preempted, and its adapter replaced meanwhile: it ends, and does not go on with another."""
+    folders, _ = plain_adapters(files)
+    folder = shutil.copytree(folders[0], tmp_path / "x")
+    request = LoRARequest("x", 1, str(folder))
+    llm = engine(files / "model", block_size=8, max_model_len=90)
+    core = llm.llm_engine
+    params = dataclasses.replace(PARAMS, max_tokens=30)
+    core.add_request("one", {"prompt_token_ids": prompt()}, params, lora_request=request)
+    for _ in range(6):
+        core.step()
+    core._collect({})
+    core.scheduler._preempt(core.scheduler.running[0])
+    shutil.rmtree(folder)
+    shutil.copytree(folders[1], folder)
+    core.add_request(
+        "two",
+        {"prompt_token_ids": prompt()},
+        params,
+        lora_request=dataclasses.replace(request, load_inplace=True),
+    )
+    outputs = {}
+    while core.has_unfinished_requests():
+        outputs |= {one.request_id: one.outputs[0] for one in core.step()}
+    assert outputs["two"].finish_reason == "length"
+    assert outputs["one"].finish_reason == "abort"
+    assert "replaced" in outputs["one"].stop_reason
