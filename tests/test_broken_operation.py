@@ -335,7 +335,14 @@ def test_a_mixture_and_its_components_come_and_go(files, tmp_path):
     folders, _ = plain_adapters(files)
     copies = [shutil.copytree(one, tmp_path / str(i)) for i, one in enumerate(folders)]
     requests = [LoRARequest(str(i), i + 1, str(f)) for i, f in enumerate(copies)]
-    llm = engine(files / "model", max_loras=2, max_cpu_loras=2, max_lora_blocks=2, max_lora_rank=16)
+    llm = engine(
+        files / "model",
+        max_loras=2,
+        max_cpu_loras=2,
+        max_lora_blocks=2,
+        max_lora_rank=16,
+        lora_pool_blocks=4,
+    )
     core, manager = llm.llm_engine, llm.llm_engine.lora.manager
     mixed = LoRARequest("mix", 9, components=[(requests[0], 0.5), (requests[1], -0.25)])
     expected = ask(llm, mixed).outputs[0].token_ids

@@ -270,8 +270,8 @@ class WorkerLoRAManager:
             )
         if needs is not None and not manager.fits({request.lora_int_id: needs}, manager.pinned):
             raise AdapterInUseError(
-                f"{name}: there are too few rank blocks for it beside the pinned adapters; raise "
-                f"{' or '.join(self._limits(needs))}, or unpin one by removing it"
+                f"{name}: {'pinned adapters leave' if manager.pinned else 'there are'} too few rank "
+                f"blocks for it; raise {' or '.join(self._limits(needs))} or remove one"
             )
 
     def _limits(self, needs: Needs) -> list[str]:
