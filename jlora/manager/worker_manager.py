@@ -270,8 +270,8 @@ class WorkerLoRAManager:
             )
         if needs is not None and not manager.fits({request.lora_int_id: needs}, manager.pinned):
             raise AdapterInUseError(
-                f"{name}: {'pinned adapters leave' if manager.pinned else 'there are'} too few rank "
-                f"blocks for it; raise {' or '.join(self._limits(needs))} or remove one"
+                f"{name}: {'pinned adapters leave' if manager.pinned else 'there are'} too few "
+                f"rank blocks for it; raise {' or '.join(self._limits(needs))} or remove one"
             )
 
     def _limits(self, needs: Needs) -> list[str]:
