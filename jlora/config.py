@@ -316,7 +316,16 @@ class EngineArgs:
             raise ValueError(f"gpu_memory_utilization={share!r} must be above 0, at most 1")
         resolve_dtype(self.dtype, "dtype", auto="auto")
         self._lora_limits()
-        if self.lora_modules is not None and not self.enable_lora:
+        if self.lora_modules is not None:
+            self._check_lora_modules(self.lora_modules)
+
+    def _check_lora_modules(self, requests: Any) -> None:
+        from jlora.request import LoRARequest  # which needs this module
+
+        listed = isinstance(requests, (list, tuple))
+        if not listed or not all(isinstance(one, LoRARequest) for one in requests):
+            raise ValueError(f"lora_modules must be a list of LoRARequest, not {requests!r}")
+        if not self.enable_lora:
             raise ValueError("lora_modules needs enable_lora=True")
 
     def lora_config(self) -> LoRAConfig | None:

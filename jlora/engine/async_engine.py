@@ -111,7 +111,9 @@ class AsyncLLMEngine:
 
     async def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
         """See LLMEngine.get_tokenizer."""
-        return self.engine.get_tokenizer(lora_request)
+        if lora_request is None:
+            return self.engine.tokenizer
+        return await self._call(self.engine.get_tokenizer, lora_request)  # may load it
 
     def shutdown(self) -> None:
         """Ends the thread when what it does now is done."""

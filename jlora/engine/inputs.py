@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -20,8 +21,19 @@ from jlora.request import (
     parse_prompt,
 )
 
-# What a tokeniser's vocabulary is in; the configuration beside it says only how to load it.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json")
+# A tokeniser's vocabulary is in one of the first; the others change its special tokens, and what
+# chats look like.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_TOKENIZER_BYTES = 1 << 28  # of the files of an adapter
+MAX_TOKENIZERS = 64  # kept, besides the base's
 
 
 class InputProcessor:
@@ -45,9 +57,10 @@ class InputProcessor:
         self.eos_ids = self._ends(self.tokenizer, model.vocab_size)
         # By what is in the files, so that thousands of adapters may bring copies of one.
         self._tokenizers: dict[bytes, Any] = {b"": self.tokenizer}
+        self._contents: dict[str, bytes] = {}  # by the adapters' identities
         source = Path(args.tokenizer or args.model)
         if source.is_dir():
-            self._tokenizers[_tokenizer_content(source)] = self.tokenizer
+            self._tokenizers[_tokenizer_content(_tokenizer_files(source))] = self.tokenizer
 
     def check(self, prompt: Any, params: Any, lora_request: Any) -> None:
         """What can be said of a request before its adapter is read. Raises ValueError."""
@@ -108,18 +121,33 @@ class InputProcessor:
         """The adapter's own tokeniser when its folder has one that is not the base's."""
         if self.tokenizer is None or version is None or version.folder is None:
             return self.tokenizer
-        content = _tokenizer_content(version.folder)
-        if content not in self._tokenizers:
-            from transformers import AutoTokenizer
+        name = f"adapter {version.name!r}"
+        files = _tokenizer_files(version.folder)
+        size = sum(file[1] for file in files)
+        if size > MAX_TOKENIZER_BYTES:
+            raise AdapterError(
+                f"{name}: its tokeniser takes {size} bytes, expected at most {MAX_TOKENIZER_BYTES}"
+            )
+        if version.folder.is_dir():
+            self._contents[version.identity] = _tokenizer_content(files)
+        # A folder that is gone: what it held, since the adapter may still be there.
+        content = self._contents.get(version.identity, b"")
+        if content in self._tokenizers:
+            return self._tokenizers[content]
+        from transformers import AutoTokenizer
 
-            try:
-                self._tokenizers[content] = AutoTokenizer.from_pretrained(version.folder)
-            except (OSError, ValueError, KeyError) as error:
-                raise AdapterError(
-                    f"adapter {version.request.lora_name!r}: the tokeniser in {version.folder} "
-                    f"cannot be read: {error}"
-                ) from error
-        return self._tokenizers[content]
+        try:
+            # False: without it somebody at a terminal is asked whether to run the adapter's code.
+            found = AutoTokenizer.from_pretrained(version.folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises plain ones
+            raise AdapterError(
+                f"{name}: the tokeniser in {version.folder} cannot be read: {error}"
+            ) from error
+        own = [one for one, kept in self._tokenizers.items() if kept is not self.tokenizer]
+        if len(own) >= MAX_TOKENIZERS:
+            del self._tokenizers[own[0]]
+        self._tokenizers[content] = found
+        return found
 
     def _ends(self, tokenizer: Any, vocab: int) -> frozenset[int]:
         """The tokens that end an answer: the model's, its generation defaults', the tokeniser's."""
@@ -182,12 +210,24 @@ def _check_tokens(tokens: list[int], vocab: int, max_model_len: int) -> None:
         )
 
 
-def _tokenizer_content(folder: Path) -> bytes:
-    """Names a folder's tokeniser by what its files hold; empty when it has none."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not files:
-        return b""
-    return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+def _tokenizer_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
+    """The files of a folder's tokeniser, with size and time of each; none when it has none."""
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(file.name in VOCABULARY_FILES for file in found):
+        return ()
+    stats = [file.stat() for file in found]
+    return tuple(
+        (file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(found, stats, strict=True)
+    )
+
+
+@functools.lru_cache(4096)  # a file of many MB is not read for each request
+def _tokenizer_content(files: tuple[tuple[Path, int, int], ...]) -> bytes:
+    """Names a tokeniser by what its files hold; empty when there are none."""
+    digests = (
+        file.name.encode() + hashlib.sha256(file.read_bytes()).digest() for file, _, _ in files
+    )
+    return b"".join(digests)
 
 
 def generation_config(model: str, revision: str | None) -> dict[str, Any]:

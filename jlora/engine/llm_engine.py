@@ -444,7 +444,13 @@ def _lora_config(args: EngineArgs, model: ModelConfig) -> LoRAConfig | None:
         return config
     modules = ModuleMap(model)
     base = None if args.load_format == "dummy" else BaseWeights(model, args.model, args.revision)
-    loader = AdapterLoader(modules, UNLIMITED, base)
+    limits = dataclasses.replace(
+        UNLIMITED,
+        lora_dtype=config.lora_dtype,
+        target_modules=config.target_modules,
+        allow_nonfinite_loras=config.allow_nonfinite_loras,
+    )
+    loader = AdapterLoader(modules, limits, base)
     return fitted(config, (loader.load(request)[0] for request in args.lora_modules), modules)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -55,8 +56,10 @@ def _logprobs(
     """The token's and the `top` best ones'."""
     found = {token: (float(logprobs.logprobs[row]), int(logprobs.ranks[row]))}
     for rank in range(min(top, logprobs.top_ids.shape[1])):
-        best = int(logprobs.top_ids[row, rank])
-        found.setdefault(best, (float(logprobs.top_logprobs[row, rank]), rank + 1))
+        best, value = int(logprobs.top_ids[row, rank]), float(logprobs.top_logprobs[row, rank])
+        if value == -math.inf:  # tokens that only other adapters know
+            break
+        found.setdefault(best, (value, rank + 1))
     return {
         one: Logprob(value, rank, None if tokenizer is None else tokenizer.decode([one]))
         for one, (value, rank) in found.items()

@@ -196,7 +196,12 @@ class Scheduler:
             self._release_slot(sequence)
             self._fail(sequence, "its adapter has become one with other tokens while it waited")
             return False
-        sequence.adapter_identity = self.lora.identity(adapter_id)
+        identity = self.lora.identity(adapter_id)
+        if sequence.output_tokens and identity != sequence.adapter_identity:
+            self._release_slot(sequence)
+            self._fail(sequence, "its adapter has been replaced in the middle of its answer")
+            return False
+        sequence.adapter_identity = identity
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:

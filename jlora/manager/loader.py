@@ -83,7 +83,8 @@ class AdapterLoader:
                 (self._component(one, request, on_host), weight)
                 for one, weight in request.components
             ]
-            return mix(adapter_id, parts, request.combination_type, name), None
+            combination = request.combination_type
+            return mix(adapter_id, parts, combination, name, self.lora_config), None
         limits = (self.modules, self.lora_config, name)
         if request.lora_tensors is not None:
             config = dict(request.peft_config or {})

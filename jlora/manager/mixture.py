@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
 from jlora.manager.lora_model import LoRALayerWeights, LoRAModel
+from jlora.manager.tensors import largest, largest_held
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ Adapter = LoRAModel | LoRAMixture
 
 
 def mix(
-    mixture_id: int, components: Sequence[tuple[LoRAModel, float]], combination: str, name: str
+    mixture_id: int,
+    components: Sequence[tuple[LoRAModel, float]],
+    combination: str,
+    name: str,
+    config: LoRAConfig,
 ) -> Adapter:
     """The mixture of adapters; raises AdapterError for those that cannot be mixed."""
     for lora, _ in components:
@@ -57,7 +63,16 @@ def mix(
     identity = f"{combination}({parts})"
     if combination == "cat":
         return LoRAMixture(mixture_id, tuple(components), identity)
-    return _linear(mixture_id, components, identity, name)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        lora = _linear(mixture_id, components, identity, name)
+    for layer in lora.loras.values() if not config.allow_nonfinite_loras else ():
+        # `not <=`, so that NaN does not pass.
+        if not max(largest(layer.lora_a), largest(layer.lora_b)) <= largest_held(config):
+            raise AdapterError(
+                f"{name}: with these weights {layer.module_name} holds numbers that the adapter "
+                "pool cannot hold"
+            )
+    return lora
 
 
 def _linear(

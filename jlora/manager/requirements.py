@@ -83,8 +83,9 @@ def fitted(
     from jlora.manager.blocks import most_blocks  # which knows LoRAModel, which knows this
 
     listed = list(adapters)
-    parts = [lora for adapter in listed for lora, _ in adapter.components]
-    options = options_for(parts)
+    parts = {lora.key: lora for adapter in listed for lora, _ in adapter.components}
+    most = max((len(adapter.components) for adapter in listed), default=1)
+    options = options_for(parts.values(), at_once=config.max_loras * most)
     together = max((most_blocks(adapter, modules) for adapter in listed), default=0)
     rank = max(config.max_lora_rank, options.get("max_lora_rank", 0))
     if together > -(-rank // LORA_BLOCK_RANK):
@@ -96,18 +97,23 @@ def fitted(
     return dataclasses.replace(config, **larger)
 
 
-def options_for(adapters: Iterable[LoRAModel]) -> dict[str, Any]:
-    """The smallest options of LoRAConfig with which all of the adapters can be served at once.
+def options_for(adapters: Iterable[LoRAModel], at_once: int | None = None) -> dict[str, Any]:
+    """The smallest options of LoRAConfig with which the adapters can be served.
 
-    More than TOKEN_ROWS_AT_MOST rows of the vocabulary are served as whole matrices.
+    at_once: so many of them in one step; None: all. More than TOKEN_ROWS_AT_MOST rows of the
+    vocabulary are served as whole matrices.
     """
-    options: dict[str, Any] = {"max_lora_full_weights": 0}
+    options: dict[str, Any] = {}
+    taken: dict[str, list[int]] = {"max_lora_full_weights": [], "lora_expert_blocks": []}
     for adapter in adapters:
         for option, value in needs(adapter).items():
             if option == "max_lora_token_rows" and value > TOKEN_ROWS_AT_MOST:
-                options["max_lora_full_weights"] += 1
-                continue
-            before = options.get(option, type(value)())
-            together = before + value if option == "lora_expert_blocks" else max(before, value)
-            options[option] = together
+                taken["max_lora_full_weights"].append(1)
+            elif option in taken:
+                taken[option].append(value)
+            else:
+                options[option] = max(options.get(option, type(value)()), value)
+    for option, counts in taken.items():
+        if counts or option == "max_lora_full_weights":
+            options[option] = sum(sorted(counts, reverse=True)[:at_once])
     return options

@@ -131,11 +131,11 @@ class Source:
 
     def narrowed(self, tensor: Tensor, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
         """Rows of a tensor that have been read, checked as `read` does."""
-        largest, limit = _largest(array), _limit(self.config.lora_dtype)
+        found, limit = largest(array), largest_held(self.config)
         # `not <=`, so that NaN does not pass.
-        if not self.config.allow_nonfinite_loras and not max(largest, largest * scale) <= limit:
+        if not self.config.allow_nonfinite_loras and not max(found, found * scale) <= limit:
             self.fail(
-                f"tensor {tensor.key} holds {largest:g}, which times the scale {scale:g} is not a "
+                f"tensor {tensor.key} holds {found:g}, which times the scale {scale:g} is not a "
                 f"finite {_pool_dtype(self.config)} number (NaN or infinity, or above {limit:g})"
             )
         return array.astype(np.float32) if array.dtype == np.float64 else array
@@ -151,14 +151,18 @@ def _pool_dtype(config: LoRAConfig) -> str:
     return "float32" if config.lora_dtype == "auto" else config.lora_dtype
 
 
-@functools.cache
-def _limit(dtype: str) -> float:
+def largest_held(config: LoRAConfig) -> float:
     """The largest number of the adapter pool."""
+    return _largest_of(_pool_dtype(config))
+
+
+@functools.cache
+def _largest_of(dtype: str) -> float:
     kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype, np.float32)
     return float(ml_dtypes.finfo(kind).max)
 
 
-def _largest(tensor: np.ndarray) -> float:
+def largest(tensor: np.ndarray) -> float:
     """The largest magnitude; NaN or infinity when there is one."""
     if tensor.size == 0:
         return 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ logger = logging.getLogger(__name__)
 class AdapterVersion:
     """What an adapter id stands for, from the last time it was loaded.
 
-    request: that loaded it. source: what it named, whatever the spelling. folder: of its files,
-    if it has any. needs: what it takes on the device. added_tokens, invocation_tokens: see
-    LoRAModel.
+    name: of the request that loaded it. request: itself; None when that would keep alive the
+    arrays of an adapter that is not on the host any more. source: what it named, whatever the
+    spelling. folder: of its files, if it has any. needs: what it takes on the device.
+    added_tokens, invocation_tokens: see LoRAModel.
     """
 
-    request: LoRARequest
+    name: str
+    request: LoRARequest | None
     source: str
     folder: Path | None
     identity: str
@@ -170,6 +173,7 @@ class WorkerLoRAManager:
         else:
             if known is None or known.identity != self._identity_now(request, known):
                 self._versions[adapter_id] = self._load(request)[1]
+                self._let_arrays_go()
             self._require_room(request, self._versions[adapter_id].needs)
         return self._versions[adapter_id]
 
@@ -247,7 +251,9 @@ class WorkerLoRAManager:
     def _known(self, request: LoRARequest) -> AdapterVersion | None:
         """What the request's id stands for; raises AdapterError when that is something else."""
         known = self._versions.get(request.lora_int_id)
-        if known is None or request.load_inplace or same_words(request, known.request):
+        if known is None or request.load_inplace:
+            return known
+        if known.request is not None and same_words(request, known.request):
             return known
         named = source(request)
         if named != known.source:
@@ -268,8 +274,8 @@ class WorkerLoRAManager:
         short = manager.short_of({request.lora_int_id: needs or {}}, manager.pinned)
         if short is not None:
             raise AdapterInUseError(
-                f"{name}: pinned adapters leave too few rank blocks of {short} for it; raise "
-                f"{self._pool_option(short)} or remove one"
+                f"{name}: {'pinned adapters leave' if manager.pinned else 'there are'} too few "
+                f"rank blocks of {short} for it; raise {self._pool_option(short)} or remove one"
             )
 
     def _pool_option(self, name: str) -> str:
@@ -321,13 +327,22 @@ class WorkerLoRAManager:
         else:
             self.manager.replace_adapter(lora)
         self._versions[lora.id] = version
+        self._let_arrays_go()
         return True
+
+    def _let_arrays_go(self) -> None:
+        """Keeps no arrays of requests whose adapters are not on the host."""
+        for adapter_id, version in self._versions.items():
+            in_memory = version.folder is None and version.request is not None
+            if in_memory and self.manager.get_adapter(adapter_id) is None:
+                self._versions[adapter_id] = dataclasses.replace(version, request=None)
 
     def _load(self, request: LoRARequest) -> _Loaded:
         known = self._known(request)
         adapter, folder = self._loader.load(request, self._folder(request, known), self._on_host)
         plain = adapter if isinstance(adapter, LoRAModel) else None
         return adapter, AdapterVersion(
+            request.lora_name,
             request,
             source(request),
             folder,

@@ -14,6 +14,7 @@ from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.llm_engine import LLMEngine
 from jlora.engine.scheduler import Plan, Scheduler
+from jlora.manager import AdapterVersion
 from jlora.request import LoRARequest
 
 VOCAB, EOS = 12, 11
@@ -52,11 +53,11 @@ class FakeLoRA:
         self.users, self.manager = Counter(), self
         self.versions: Counter[int] = Counter()  # of what each adapter's folder holds
 
-    def check(self, request: LoRARequest) -> SimpleNamespace:
+    def check(self, request: LoRARequest) -> AdapterVersion:
         return self.version(request.lora_int_id)
 
-    def version(self, adapter: int) -> SimpleNamespace:
-        return SimpleNamespace(added_tokens=0, invocation_tokens=(), folder=None)
+    def version(self, adapter: int) -> AdapterVersion:
+        return AdapterVersion(str(adapter), None, str(adapter), None, self.identity(adapter), {})
 
     def identity(self, adapter: int) -> str:
         return f"adapter {adapter}, version {self.versions[adapter]}"

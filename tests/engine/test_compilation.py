@@ -14,6 +14,7 @@ import pytest
 from jlora import LoRARequest, SamplingParams
 from jlora.engine.adapter_pool import STAGING_DTYPES
 from tests.engine.tools import make_adapters, make_text_model, small_llm
+from tests.reference import INVOCATION, make_adapter, make_model, special_kinds
 
 RANKS = (1, 4, 8, 16, 17, 32)
 
@@ -106,6 +107,55 @@ def test_serving_compiles_nothing(warm, folder):
         engine.remove_lora(4)
         warm.generate("the dog", SamplingParams(max_tokens=2), use_tqdm=False)
     assert engine.scheduler.num_preemptions > 0
+    assert events == []
+
+
+@pytest.mark.parametrize(("family", "devices"), [("llama-bias", 1), ("qwen3-moe", 2)])
+def test_every_kind_of_adapter_compiles_nothing(family, devices, tmp_path):
+    """All features are reserved; adapters of all kinds, and mixtures, evict each other."""
+    make_model(family, tmp_path / "model")
+    kinds = special_kinds(family) | {
+        "plain": {"r": 4, "target_modules": ["q_proj"]},
+        "other": {"r": 4, "target_modules": ["q_proj", "o_proj"]},
+    }
+    for name, kind in kinds.items():
+        make_adapter(tmp_path / "model", tmp_path / name, **kind)
+    requests = {
+        name: LoRARequest(name, index, str(tmp_path / name))
+        for index, name in enumerate(kinds, start=1)
+    }
+    parts = [(requests["plain"], 0.5), (requests["other"], -1.0)]
+    for index, combination in enumerate(("cat", "linear"), start=100):
+        requests[combination] = LoRARequest(
+            combination, index, components=parts, combination_type=combination
+        )
+    experts = {"lora_expert_blocks": 4} if family == "qwen3-moe" else {}
+    llm = small_llm(
+        tmp_path / "model",
+        enforce_eager=False,
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=8,
+        tensor_parallel_size=devices,
+        enable_lora_dora=True,
+        enable_lora_bias=True,
+        enable_lora_embeddings=True,
+        max_lora_token_rows=8,
+        max_lora_full_weights=1,
+        lora_extra_vocab_size=4,
+        **experts,
+    )
+    engine = llm.llm_engine
+    with compilations() as events:
+        for _ in range(2):
+            for index, request in enumerate(requests.values()):
+                params = SamplingParams(
+                    max_tokens=3, temperature=index % 2, logprobs=3, prompt_logprobs=index % 3
+                )
+                prompt = {"prompt_token_ids": [5, *INVOCATION, 9, 10]}
+                engine.add_request(str(index), prompt, params, lora_request=request)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    assert output.outputs[0].finish_reason != "abort", output
     assert events == []
 
 

@@ -67,7 +67,7 @@ def test_bytes(data, tmp_path):
         elif kind == "cut":
             del whole[max(at, 1) :]
         elif kind == "remove":
-            del whole[at : at + data.draw(st.integers(1, 9))]
+            del whole[max(at, 1) : at + data.draw(st.integers(1, 9))]
         else:
             whole[at:at] = data.draw(st.binary(min_size=1, max_size=9))
         header = min(header, len(whole))

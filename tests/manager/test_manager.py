@@ -354,7 +354,11 @@ def test_coming_back_is_written_again():
 
 def mixture(adapter_id, *components) -> LoRAMixture:
     return mix(
-        adapter_id, [(lora, 0.5 + index) for index, lora in enumerate(components)], "cat", "m"
+        adapter_id,
+        [(lora, 0.5 + index) for index, lora in enumerate(components)],
+        "cat",
+        "m",
+        lora_config(),
     )
 
 
