@@ -243,3 +243,13 @@ def test_dora_of_a_router(moe, tmp_path):
 
     llm = engine(moe, lora_modules=[request])
     check(answers(llm, [request] * 2), Merged(moe, change), ["a"] * 2)
+
+
+def test_target_modules_of_an_engine_may_be_of_the_vocabulary(model, tmp_path):
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    make_adapter(model, tmp_path / "a", r=2, target_modules=targets)
+    request = LoRARequest("a", 1, str(tmp_path / "a"))
+    with pytest.raises(AdapterError, match="not among the engine's target modules"):
+        engine(model, lora_modules=[request], lora_target_modules=["q_proj"])
+    llm = engine(model, lora_modules=[request], lora_target_modules=targets)
+    check(answers(llm, [request]), Reference(model, {"a": tmp_path / "a"}), ["a"])

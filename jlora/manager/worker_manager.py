@@ -61,7 +61,8 @@ class WorkerLoRAManager:
         base_weight: reads a tensor of the base's checkpoint, for adapters that bring one along.
         model_name: of the base; adapters that name another one are warned of.
         """
-        known = {part.name for row in modules.projections for part in row.parts}
+        rows = (*modules.projections, *modules.vocab_projections)
+        known = {part.name for row in rows for part in row.parts}
         unknown = sorted(set(lora_config.target_modules or ()) - known)
         if unknown:
             raise ValueError(
