@@ -300,6 +300,8 @@ class LLMEngine:
             result = self._dispatch(plan) if plan.entries else None
         except BaseException as error:  # an interrupt too
             self.scheduler.abandon(plan, f"the step failed: {type(error).__name__} {error}")
+            if self.lora is not None:
+                self.lora.manager.leave_unwritten()
             raise
         self._collect(changed)
         self._in_flight = result

@@ -224,14 +224,29 @@ class LoRAModelManager:
         needs: of each of them. beside: adapters that are active now; those that are in needs too
         count as needs says.
         """
-        others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
-        if len(others) + len(needs) > self.lora_slots:
+        if len(beside - needs.keys()) + len(needs) > self.lora_slots:
             return False
+        return not self._short(needs, beside)
+
+    def _short(self, needs: Mapping[int, Needs], beside: set[int]) -> list[str]:
+        """The pools that have not enough for all of them."""
+        others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
         together: dict[str, Mapping[str, int]] = {}
         for one in (*map(self._needs_in, others), *needs.values()):
             together |= one
         taken = _sum(together.values())
-        return all(count <= self._size(name) for name, count in taken.items())
+        return [name for name, count in taken.items() if count > self._size(name)]
+
+    def short_of(self, needs: Mapping[int, Needs], beside: set[int]) -> list[str]:
+        """The options of LoRAConfig that are too small for what `fits` is asked."""
+        options = dict.fromkeys(map(self._option, self._short(needs, beside)))
+        return list(options)
+
+    def _option(self, pool: str) -> str:
+        """The option that says how large a pool is."""
+        if pool not in self.rows:
+            return "max_lora_full_weights"
+        return "lora_expert_blocks" if self.rows[pool].experts else "lora_pool_blocks"
 
     def _size(self, name: str) -> int:
         return self.pools[name].num_blocks if name in self.pools else 0
@@ -402,6 +417,17 @@ class LoRAModelManager:
     def put_back(self, writes: list[Write]) -> None:
         """Writes that `take_writes` gave, and that could not all be made."""
         self._writes = writes + self._writes
+
+    def leave_unwritten(self) -> None:
+        """Takes what is not on the device yet out of its slot, unless it is held.
+
+        After a write has failed, so that it does not fail in every step from then on.
+        """
+        unwritten = {id(write.lora) for write in self._writes}
+        for adapter_id in list(filter(self._evictable, self._slots)):
+            listed = self._listed[self._slots[adapter_id]]
+            if any(id(lora) in unwritten for lora, _ in listed.components):
+                self.deactivate_adapter(adapter_id)
 
 
 def _sum(needs: Iterable[Mapping[str, int]]) -> Counter[str]:

@@ -259,9 +259,16 @@ class WorkerLoRAManager:
                 "remove one"
             )
         if needs is not None and not manager.fits({request.lora_int_id: needs}, manager.pinned):
+            options = {
+                "lora_pool_blocks": self.lora_config.pool_blocks,
+                "lora_expert_blocks": self.lora_config.lora_expert_blocks,
+                "max_lora_full_weights": self.lora_config.max_lora_full_weights,
+            }
+            short = manager.short_of({request.lora_int_id: needs}, manager.pinned)
+            raised = " and ".join(f"{one} (now {options[one]})" for one in short)
             raise AdapterInUseError(
-                f"{name}: pinned adapters leave too few rank blocks for it; raise lora_pool_blocks "
-                f"(now {self.lora_config.pool_blocks}) or remove one"
+                f"{name}: pinned adapters leave too few rank blocks for it; raise {raised} or "
+                "remove one"
             )
 
     def _needs(self, adapter_id: int, loaded: _Loaded | None) -> Needs:
