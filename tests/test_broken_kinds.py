@@ -125,6 +125,7 @@ def test_a_step_that_fails_while_it_writes_an_adapter_leaves_it_unwritten(tmp_pa
     adapters = {"a": tmp_path / "a"}
     request = requests_of(adapters)[0]
     llm = engine(tmp_path / "model", max_lora_full_weights=1)
+    reference = Reference(tmp_path / "model", adapters)
     files = list((tmp_path / "model").glob("*.safetensors"))
     away = tmp_path / "away"
     away.mkdir()
@@ -132,10 +133,11 @@ def test_a_step_that_fails_while_it_writes_an_adapter_leaves_it_unwritten(tmp_pa
         shutil.move(file, away / file.name)
     with pytest.raises(Exception, match="."):
         answers(llm, [request])
+    check(answers(llm, [None]), reference, [None])  # others are served meanwhile
     for file in files:
         shutil.move(away / file.name, file)
     outputs = answers(llm, [request, None])
-    check(outputs, Reference(tmp_path / "model", adapters), ["a", None])
+    check(outputs, reference, ["a", None])
 
 
 class Merged:
@@ -243,3 +245,29 @@ def test_dora_of_a_router(moe, tmp_path):
 
     llm = engine(moe, lora_modules=[request])
     check(answers(llm, [request] * 2), Merged(moe, change), ["a"] * 2)
+
+
+def test_target_modules_of_an_engine_may_be_of_the_vocabulary(model, tmp_path):
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    make_adapter(model, tmp_path / "a", r=2, target_modules=targets)
+    request = LoRARequest("a", 1, str(tmp_path / "a"))
+    with pytest.raises(AdapterError, match="not among the engine's target modules"):
+        engine(model, lora_modules=[request], lora_target_modules=["q_proj"])
+    llm = engine(model, lora_modules=[request], lora_target_modules=targets)
+    check(answers(llm, [request]), Reference(model, {"a": tmp_path / "a"}), ["a"])
+
+
+def test_what_pinned_adapters_leave_too_little_of_is_named(moe, tmp_path):
+    """Not always lora_pool_blocks: experts and whole matrices have blocks of their own."""
+    kinds = {
+        "experts": {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    }
+    llm = engine(moe, lora_expert_blocks=1, max_lora_full_weights=1)
+    options = {"experts": "raise lora_expert_blocks", "saved": "raise max_lora_full_weights"}
+    for index, (name, kind) in enumerate(kinds.items()):
+        make_adapter(moe, tmp_path / name, r=2, **kind)
+        llm.llm_engine.add_lora(LoRARequest(name, 2 * index + 1, str(tmp_path / name)))
+        llm.llm_engine.pin_lora(2 * index + 1)
+        with pytest.raises(AdapterError, match=options[name]):
+            llm.llm_engine.add_lora(LoRARequest("two", 2 * index + 2, str(tmp_path / name)))
