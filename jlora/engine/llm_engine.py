@@ -251,8 +251,6 @@ class LLMEngine:
     def _acts_from(self, request: RequestState) -> int | None:
         """Where in the prompt the adapter begins to act: at once, or an activated LoRA where its
         invocation tokens come for the last time. None: nowhere.
-
-        Raises ValueError for a token before it that only the adapter knows.
         """
         if request.lora_request is None or self.lora is None:
             return 0
@@ -261,15 +259,7 @@ class LLMEngine:
             return 0
         prompt, count = request.prompt_token_ids, len(wanted)
         starts = range(len(prompt) - count, -1, -1)
-        found = next((at for at in starts if prompt[at : at + count] == wanted), None)
-        vocab = self.model_config.vocab_size
-        bad = next((token for token in prompt[:found] if token >= vocab), None)
-        if bad is not None:
-            raise ValueError(
-                f"token id {bad} is outside the base model's vocabulary (0 .. {vocab - 1}), and "
-                f"stands before the last alora_invocation_tokens {wanted}, where only the base acts"
-            )
-        return found
+        return next((at for at in starts if prompt[at : at + count] == wanted), None)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """Ends requests at once; unknown ids are passed over, as they may have just finished."""

@@ -125,8 +125,8 @@ def check_layer(source: Source, layer: Layer, added: int) -> None:
     for kind, tensor in layer.tensors.items():
         if place.projection.experts and kind in ("lora_magnitude_vector", "lora_B.bias"):
             source.fail(
-                f"tensor {tensor.key} is not supported: DoRA and lora_bias are not served of single "
-                "experts"
+                f"tensor {tensor.key} is not supported: DoRA and lora_bias of single experts are "
+                "not served"
             )
         if kind in wanted:
             source.check(tensor, shapes[kind], why)

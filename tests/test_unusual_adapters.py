@@ -68,48 +68,18 @@ ALORA = {"r": 4, "alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"
     [
         ("llama3", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 90]}),
         ("llama3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama3", {"target_modules": ["q_proj"], "added": ADDED}),
         ("llama-bias", {"target_modules": ["q_proj"], "bias": "all"}),
     ],
-    ids=["tokens", "saved-head", "bias"],
+    ids=["tokens", "saved-head", "added", "bias"],
 )
-def test_what_an_activated_lora_changes_everywhere(tmp_path, family, kind):
-    """PEFT's rows and biases act before the invocation too; served so, or refused."""
+def test_what_an_activated_lora_changes_everywhere_is_refused(tmp_path, family, kind):
+    """PEFT's rows and biases act before the invocation too."""
     make_model(family, tmp_path / "model")
     make_adapter(tmp_path / "model", tmp_path / "activated", **ALORA, **kind)
-    adapters = {"activated": tmp_path / "activated"}
-    request = requests_of(adapters)[0]
-    prompts = [[5, 6, 90, 5, 6, *INVOCATION, 3], [5, 6, 90, 17]]
-    try:
-        llm = engine(tmp_path / "model", lora_modules=[request])
-    except AdapterError as error:
-        assert "alora_invocation_tokens" in str(error)
-        return
-    outputs = answers(llm, [request] * 2, prompts)
-    check(outputs, Reference(tmp_path / "model", adapters), ["activated"] * 2)
-
-
-def test_added_tokens_of_an_activated_lora_before_its_invocation(model, tmp_path):
-    kind = {**ALORA, "target_modules": ["q_proj", "v_proj"], "added": ADDED}
-    kind["alora_invocation_tokens"] = [VOCAB]
-    make_adapter(model, tmp_path / "added", **kind)
-    adapters = {"added": tmp_path / "added"}
-    request = requests_of(adapters)[0]
-
-    class Shifted(Reference):
-        def logprobs(self, tokens, adapter, prompt=None):
-            found = [i for i in range(len(tokens[:prompt])) if tokens[i] == VOCAB]
-            offset = len(tokens) - found[-1] if found else None
-            with torch.no_grad():
-                logits = self.models[adapter](torch.tensor([tokens]), alora_offsets=[offset]).logits
-            return torch.log_softmax(logits[0].double(), dim=-1).numpy()
-
-    try:
-        llm = engine(model, lora_modules=[request])
-        outputs = answers(llm, [request] * 2, [[3, 9, VOCAB, 5], [3, VOCAB, 8, 9, VOCAB, 5]])
-    except (AdapterError, ValueError) as error:
-        assert "alora_invocation_tokens" in str(error)
-        return
-    check(outputs, Shifted(model, adapters), ["added"] * 2)
+    request = LoRARequest("activated", 1, str(tmp_path / "activated"))
+    with pytest.raises(AdapterError, match="alora_invocation_tokens"):
+        engine(tmp_path / "model", lora_modules=[request])
 
 
 def test_a_step_that_fails_while_it_writes_an_adapter_leaves_it_unwritten(tmp_path):
@@ -131,7 +101,7 @@ def test_a_step_that_fails_while_it_writes_an_adapter_leaves_it_unwritten(tmp_pa
     away.mkdir()
     for file in files:
         shutil.move(file, away / file.name)
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(FileNotFoundError):
         answers(llm, [request])
     check(answers(llm, [None]), reference, [None])  # others are served meanwhile
     for file in files:
@@ -190,17 +160,8 @@ def test_dora_of_single_experts(moe, tmp_path):
         target_modules=["down_proj"],
         use_dora=True,
     )
-
-    def change(parameters):
-        weight = parameters["model.layers.1.mlp.experts.down_proj"]
-        weight[2] = dora(weight[2], a, b, magnitude)
-
-    try:
-        llm = engine(moe, lora_modules=[request])
-    except AdapterError as error:
-        assert "DoRA" in str(error) or "lora_magnitude_vector" in str(error)
-        return
-    check(answers(llm, [request] * 2), Merged(moe, change), ["a"] * 2)
+    with pytest.raises(AdapterError, match="lora_magnitude_vector is not supported: DoRA"):
+        engine(moe, lora_modules=[request])
 
 
 def test_lora_bias_of_single_experts(moe, tmp_path):
