@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,8 @@ def answer(llm, prompts, params=GREEDY):
 
 def generate(folder, prompt, tokens):
     """transformers' greedy answer with a cache, and the logits; a fresh model knows no lengths."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = model.float().eval()
     model.generation_config.eos_token_id = None
     out = model.generate(
         torch.tensor([prompt]),
@@ -160,9 +162,11 @@ def test_small_dtypes_are_as_good_as_transformers(family, dtype, tmp_path):
     """
     make_model(family, tmp_path)
     outputs = answer(small(tmp_path, dtype=dtype), random_prompts((3, 17, 60)))
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    same = load(tmp_path, dtype=getattr(torch, dtype)).eval()
-    exact = load(tmp_path, dtype=getattr(torch, dtype)).float().eval()
+    load = functools.partial(
+        transformers.AutoModelForCausalLM.from_pretrained, tmp_path, attn_implementation="eager"
+    )
+    same = load(dtype=getattr(torch, dtype)).eval()
+    exact = load(dtype=getattr(torch, dtype)).float().eval()
     ours, theirs, gaps, tokens = [], [], [], []
     for output in outputs:
         prompt, found = output.prompt_token_ids, output.outputs[0]
