@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
+from jlora.engine.pool_layout import MATRIX, WHOLE, row_shapes, row_specs, stored_matrix
 from jlora.kernels import SlotTable
 from jlora.manager import (
     BlockWrite,
@@ -26,65 +27,11 @@ from jlora.manager import (
     feature_rows,
     no_features,
     pool_rows,
-    row_blocks,
 )
 from jlora.model import AXIS, AdapterState, LoadedModel, RowPool, TokenRows
 from jlora.projections import EMBED, HEAD, Feature, ModuleMap, Projection
 
 STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-WHOLE = PartitionSpec()
-MATRIX = PartitionSpec(None, AXIS, None)  # of whole matrices, divided as the model's own
-
-
-def _specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """How A, B and what is per output (magnitudes, biases) of a row are divided.
-
-    Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
-    copy B.
-    """
-    match row.shard:
-        case "out":
-            return WHOLE, PartitionSpec(None, None, None, AXIS), PartitionSpec(None, None, AXIS)
-        case "in":
-            return PartitionSpec(None, None, None, None, AXIS), WHOLE, WHOLE
-        case _:
-            return WHOLE, WHOLE, WHOLE
-
-
-def _row_shapes(
-    row: Projection, modules: ModuleMap, config: LoRAConfig, shards: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A, B and of what is per output, over all devices; see RowPool."""
-    layers = modules.num_layers if row.per_layer else 1
-    blocks = row_blocks(row, config) * (row.experts or 1)
-    width, rank = row.stored_width(shards), LORA_BLOCK_RANK
-    a: tuple[int, ...] = (layers, blocks, len(row.parts), rank, row.d_in)
-    if row.name == EMBED:
-        a = (blocks, row.d_in, rank)
-    return a, (layers, blocks, rank, width), (layers, config.max_loras + 1, width)
-
-
-def stored_matrix(modules: ModuleMap, config: LoRAConfig, shards: int) -> tuple[int, int, int]:
-    """Shape of the whole matrices that adapters may bring, over all devices."""
-    model = modules.config
-    rows = -(-model.total_vocab // shards) * shards
-    return config.max_lora_full_weights, rows, model.hidden_size
-
-
-def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:
-    """Bytes of the pool on one device."""
-    total = 0
-    for row in pool_rows(modules, config):
-        shapes, specs = _row_shapes(row, modules, config, shards), _specs(row)
-        a, b, vector = (
-            int(np.prod(shape)) // (shards if AXIS in spec else 1)
-            for shape, spec in zip(shapes, specs, strict=True)
-        )
-        vectors = config.enable_lora_dora + config.enable_lora_bias if not row.experts else 0
-        total += (a + b) * dtype.itemsize + vectors * vector * 4
-    rows = (config.max_loras + 1) * config.max_lora_token_rows * modules.config.hidden_size
-    full = int(np.prod(stored_matrix(modules, config, shards))) // shards
-    return total + 2 * (rows + full) * dtype.itemsize
 
 
 class AdapterPool:
@@ -125,8 +72,8 @@ class AdapterPool:
 
     def _row(self, row: Projection) -> RowPool:
         config = self._config
-        a, b, vector = _row_shapes(row, self._modules, config, self._shards)
-        specs = _specs(row)
+        a, b, vector = row_shapes(row, self._modules, config, self._shards)
+        specs = row_specs(row)
         per_slot = row in feature_rows(self._modules, config)
         dora, bias = config.enable_lora_dora and per_slot, config.enable_lora_bias and per_slot
         return RowPool(
@@ -148,7 +95,7 @@ class AdapterPool:
         """How `state` is divided: the same tree, of PartitionSpecs."""
         rows = {}
         for row in pool_rows(self._modules, self._config):
-            a, b, vector = _specs(row)
+            a, b, vector = row_specs(row)
             old = self.state.rows[row.name]
             magnitude = None if old.magnitude is None else vector
             bias = None if old.bias is None else vector
@@ -275,7 +222,7 @@ class AdapterPool:
             ("block", row.name, a.dtype),
             functools.partial(function, part_of=self._part_of(row)),
             (0, 1),
-            _specs(row)[:2],
+            row_specs(row)[:2],
             pool.a,
             pool.b,
             *self._put((at, scales)),
@@ -292,7 +239,7 @@ class AdapterPool:
 
     def _write_biases(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width]."""
-        spec = _specs(row)[2]
+        spec = row_specs(row)[2]
         new = self._run(
             ("bias", row.name),
             lambda old, slot, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, slot, 0)),
@@ -306,9 +253,9 @@ class AdapterPool:
 
     def _write_magnitudes(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width], NaN where there is none; a layer a call."""
-        spec, name = _specs(row)[2], row.name
+        spec, name = row_specs(row)[2], row.name
         staged = self._put(values, PartitionSpec(None, *spec[2:]))
-        whole = RowPool(*_specs(row)[:2], _whole(self.state.rows[name].slots))
+        whole = RowPool(*row_specs(row)[:2], _whole(self.state.rows[name].slots))
         for layer in range(len(values)):
             pool = self.state.rows[name]
             weight, weight_spec = self._model.weight(name, layer)

@@ -11,36 +11,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from jlora import kernels
-from jlora.config import EngineArgs, LoRAConfig, ModelConfig
+from jlora.config import EngineArgs, LoRAConfig
 from jlora.engine import memory
-from jlora.engine.adapter_pool import AdapterPool, pool_bytes
+from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
+from jlora.engine.pool_layout import pool_bytes
 from jlora.engine.runner import ModelRunner, RunnerConfig, StepResult
 from jlora.engine.sampler import variant_of
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import RequestState, Sequence
+from jlora.engine.setup import (
+    check_sizes,
+    choose_implementation,
+    lora_limits,
+    make_mesh,
+    runner_sizes,
+)
 from jlora.errors import AdapterInUseError
 from jlora.kernels import Implementation
 from jlora.manager import (
-    UNLIMITED,
-    AdapterLoader,
     AdapterVersion,
     LoRAModel,
     LRUCacheWorkerLoRAManager,
-    fitted,
 )
 from jlora.model import AXIS, BaseWeights, load_hf_config, load_model, model_config
 from jlora.projections import ModuleMap, check_shards
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
-MAX_BATCHED_TOKENS = 2048
-PAGE_SIZE = 32
 
 
 class LLMEngine:
@@ -53,14 +56,14 @@ class LLMEngine:
         hf = load_hf_config(args.model, args.revision)
         model = model_config(hf, args.dtype)
         check_shards(model, args.tensor_parallel_size)
-        mesh = _mesh(args.tensor_parallel_size)
-        implementation = _implementation(args, model)
-        self.lora_config = _lora_config(args, model)
+        mesh = make_mesh(args.tensor_parallel_size)
+        implementation = choose_implementation(args, model)
+        self.lora_config = lora_limits(args, model)
         if self.lora_config is not None:
             extra = self.lora_config.lora_extra_vocab_size
             model = dataclasses.replace(model, extra_vocab_size=extra)
         self.args, self.model_config = args, model
-        self._check_sizes()
+        check_sizes(args, model)
         if implementation == "tpu" and args.allow_nonfinite_loras:
             raise NotImplementedError(
                 "allow_nonfinite_loras=True is not supported on TPU: its kernels multiply tokens "
@@ -83,7 +86,7 @@ class LLMEngine:
             dtype = self._pool_dtype(implementation)
             pool = AdapterPool(self.modules, self.lora_config, dtype, mesh, weights, base)
         jax.block_until_ready(weights.params)
-        sizes = self._sizes(implementation)
+        sizes = runner_sizes(args, model, implementation)
         self.runner = ModelRunner(weights, model, sizes, mesh, pool)
         self._log_memory(weights.params, sizes, mesh, pool)
         caching = args.enable_prefix_caching is not False
@@ -111,38 +114,6 @@ class LLMEngine:
         return cls(engine_args, progress=progress)
 
     # -- construction ----------------------------------------------------------------------
-
-    def _check_sizes(self) -> None:
-        args, positions = self.args, self.model_config.max_position_embeddings
-        if (args.max_model_len or 0) > positions:
-            raise ValueError(
-                f"max_model_len={args.max_model_len} is above the {positions} positions of the "
-                "model"
-            )
-        if (args.max_num_batched_tokens or args.max_num_seqs) < args.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens={args.max_num_batched_tokens} is below max_num_seqs="
-                f"{args.max_num_seqs}: every running sequence needs a token a step"
-            )
-
-    def _sizes(self, implementation: Implementation) -> RunnerConfig:
-        args, model = self.args, self.model_config
-        page_size = args.block_size or PAGE_SIZE
-        max_model_len = args.max_model_len or model.max_position_embeddings
-        max_tokens = args.max_num_batched_tokens or max(MAX_BATCHED_TOKENS, args.max_num_seqs)
-        shards = args.tensor_parallel_size
-        pages = memory.num_kv_pages(
-            args, model, page_size, max_model_len, max_tokens, shards, implementation
-        )
-        return RunnerConfig(
-            args.max_num_seqs,
-            max_tokens,
-            max_model_len,
-            page_size,
-            pages,
-            args.max_logprobs,
-            implementation,
-        )
 
     def _pool_dtype(self, implementation: Implementation) -> jnp.dtype:
         assert self.lora_config is not None  # only called with LoRA on
@@ -421,52 +392,6 @@ class LLMEngine:
         """Forgets every cached prefix."""
         self.pages.reset()
         return True
-
-
-def _lora_config(args: EngineArgs, model: ModelConfig) -> LoRAConfig | None:
-    """The limits, with the model's dtype for "auto", and with what lora_modules need."""
-    config = args.lora_config()
-    if config is None:
-        return None
-    if config.lora_dtype == "auto":
-        config = dataclasses.replace(config, lora_dtype=model.dtype)
-    if not args.lora_modules:
-        return config
-    modules = ModuleMap(model)
-    base = None if args.load_format == "dummy" else BaseWeights(model, args.model, args.revision)
-    limits = dataclasses.replace(
-        UNLIMITED,
-        lora_dtype=config.lora_dtype,
-        target_modules=config.target_modules,
-        allow_nonfinite_loras=config.allow_nonfinite_loras,
-    )
-    loader = AdapterLoader(modules, limits, base)
-    return fitted(config, (loader.load(request)[0] for request in args.lora_modules), modules)
-
-
-def _mesh(shards: int) -> Mesh:
-    devices = jax.devices()
-    if shards > len(devices):
-        raise ValueError(
-            f"tensor_parallel_size={shards}, but {len(devices)} {devices[0].platform} devices are "
-            "visible"
-        )
-    return jax.make_mesh((shards,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:shards])
-
-
-def _implementation(args: EngineArgs, model: ModelConfig) -> Implementation:
-    name = args.kernel_implementation
-    if name is None:
-        return kernels.default_implementation()
-    if name not in kernels.IMPLEMENTATIONS:
-        raise ValueError(
-            f"kernel_implementation={name!r} must be one of {', '.join(kernels.IMPLEMENTATIONS)}"
-        )
-    if name != "xla" and name != kernels.default_implementation():
-        raise ValueError(
-            f"kernel_implementation={name!r} does not run on {jax.default_backend()} devices"
-        )
-    return name
 
 
 def _pool_text(config: LoRAConfig | None) -> str:
