@@ -170,20 +170,16 @@ def packed_layers(
         layers: Iterable[int] = (0,)
     else:
         layers = range(modules.num_layers) if layer is None else (layer,)
-    return [
-        [
-            _packed(lora, modules, projection, one, expert)
+    parts = range(len(projection.parts))
+    packed = []
+    for at in layers:
+        experts = [
+            [lora.get_lora(modules.name(projection, part, at, expert)) for part in parts]
             for expert in range(projection.experts or 1)
         ]
-        for one in layers
-    ]
-
-
-def _packed(
-    lora: LoRAModel, modules: ModuleMap, projection: Projection, layer: int, expert: int
-) -> PackedLoRALayerWeights:
-    names = [modules.name(projection, part, layer, expert) for part in range(len(projection.parts))]
-    return PackedLoRALayerWeights.pack(names[0], [lora.get_lora(name) for name in names])
+        name = f"model.layers.{at}.{projection.module}"
+        packed.append(PackedLoRALayerWeights.pack_moe(name, experts))
+    return packed
 
 
 def blocks_needed(lora: LoRAModel, modules: ModuleMap) -> dict[str, int]:

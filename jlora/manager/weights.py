@@ -65,6 +65,13 @@ class PackedLoRALayerWeights:
         """Puts the parts beside each other; they keep their own ranks and scales."""
         return cls(module_name, tuple(parts))
 
+    @classmethod
+    def pack_moe(
+        cls, module_name: str, experts: Sequence[Sequence[LoRALayerWeights | None]]
+    ) -> list[PackedLoRALayerWeights]:
+        """The parts of each expert of a layer; module_name: of all experts ("...mlp.experts")."""
+        return [cls.pack(f"{module_name}.{one}", parts) for one, parts in enumerate(experts)]
+
     @property
     def rank(self) -> int:
         """The largest rank of the parts."""
