@@ -178,7 +178,10 @@ def packed_layers(
             for expert in range(projection.experts or 1)
         ]
         name = f"model.layers.{at}.{projection.module}"
-        packed.append(PackedLoRALayerWeights.pack_moe(name, experts))
+        if projection.experts:
+            packed.append(PackedLoRALayerWeights.pack_moe(name, experts))
+        else:
+            packed.append([PackedLoRALayerWeights.pack(f"{name}.{projection.name}", experts[0])])
     return packed
 
 
