@@ -294,7 +294,9 @@ def test_tensors_are_counted(plain, tmp_path):
 # -- devices ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "gemma3", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "family", ["llama-bias", "qwen3-moe", pytest.param("gemma3", marks=pytest.mark.slow)]
+)
 def test_every_kind_on_two_devices(family, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))
     llm = every_kind(model, adapters, tensor_parallel_size=2)

@@ -45,7 +45,7 @@ def engine(model, **options):
         "max_lora_rank": 64,
         "max_cpu_loras": 4,
         "max_num_seqs": 8,
-        "max_num_batched_tokens": 32,
+        "max_num_batched_tokens": 16,
         "block_size": 16,
         "use_tqdm": False,
     }
@@ -107,7 +107,7 @@ def run_and_compare(llm, reference, adapters, seed=0, tokens=12, lengths=LENGTHS
 def every_kind(model, adapters, **options):
     """An engine with what these adapters need, and four slots."""
     fixed = {"max_loras": 4, "lora_modules": requests_of(adapters), "max_cpu_loras": 30}
-    return engine(model, **{**fixed, "max_num_batched_tokens": 16, **options})
+    return engine(model, **fixed, **options)
 
 
 # A length-dependent rope answers as if each token had come in a forward of its own length, which
