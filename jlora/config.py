@@ -333,16 +333,10 @@ class EngineArgs:
         return self._lora_limits() if self.enable_lora else None
 
     def _lora_limits(self) -> LoRAConfig:
-        return LoRAConfig(
-            max_lora_rank=self.max_lora_rank,
-            max_loras=self.max_loras,
-            max_cpu_loras=self.max_cpu_loras,
-            lora_dtype=self.lora_dtype,
-            target_modules=self.lora_target_modules,  # type: ignore[arg-type]  # checked there
-            lora_pool_blocks=self.lora_pool_blocks,
-            max_lora_blocks=self.max_lora_blocks,
-            **{name: getattr(self, name) for name in (*_RESERVED_SWITCHES, *_RESERVED_COUNTS)},
-        )
+        """The fields of LoRAConfig, which have the same names here but for target_modules."""
+        names = {field.name for field in dataclasses.fields(LoRAConfig)} - {"target_modules"}
+        limits = {name: getattr(self, name) for name in names}
+        return LoRAConfig(target_modules=self.lora_target_modules, **limits)  # type: ignore[arg-type]
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineArgs:

@@ -188,10 +188,16 @@ class AdapterPool:
                 self._write_matrix(row.name, at, matrix.astype(self._dtype))
 
     def _run(
-        self, key: tuple, function: Callable, donated: tuple[int, ...], specs: Any, *arguments: Any
+        self,
+        key: tuple,
+        make: Callable[[], Callable],
+        donated: tuple[int, ...],
+        specs: Any,
+        *arguments: Any,
     ) -> Any:
-        """Runs a function, compiled on first use, whose results are divided by specs."""
+        """Runs a function, made and compiled on first use, whose results are divided by specs."""
         if key not in self._executables:
+            function = make()
             shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
             jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
             self._executables[key] = jitted.lower(*arguments).compile()
@@ -220,7 +226,7 @@ class AdapterPool:
         function = write_embedding_block if row.name == EMBED else write_block
         new_a, new_b = self._run(
             ("block", row.name, a.dtype),
-            functools.partial(function, part_of=self._part_of(row)),
+            lambda: functools.partial(function, part_of=self._part_of(row)),
             (0, 1),
             row_specs(row)[:2],
             pool.a,
@@ -242,7 +248,9 @@ class AdapterPool:
         spec = row_specs(row)[2]
         new = self._run(
             ("bias", row.name),
-            lambda old, slot, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, slot, 0)),
+            lambda: (
+                lambda old, slot, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, slot, 0))
+            ),
             (0,),
             spec,
             self.state.rows[row.name].bias,
@@ -255,18 +263,22 @@ class AdapterPool:
         """values: float32 [layers, stored width], NaN where there is none; a layer a call."""
         spec, name = row_specs(row)[2], row.name
         staged = self._put(values, PartitionSpec(None, *spec[2:]))
-        whole = RowPool(*row_specs(row)[:2], _whole(self.state.rows[name].slots))
-        for layer in range(len(values)):
-            pool = self.state.rows[name]
-            weight, weight_spec = self._model.weight(name, layer)
-            specs = (spec, weight_spec, whole, WHOLE, PartitionSpec(None, *spec[2:]))
+
+        def make() -> Callable:
+            whole = RowPool(*row_specs(row)[:2], _whole(self.state.rows[name].slots))
+            weight = self._model.weight(name, 0)[1]
             function = functools.partial(self._magnitudes, row=row)
-            mapped = jax.shard_map(
+            specs = (spec, weight, whole, WHOLE, PartitionSpec(None, *spec[2:]))
+            return jax.shard_map(
                 function, mesh=self._mesh, in_specs=specs, out_specs=spec, check_vma=False
             )
+
+        for layer in range(len(values)):
+            pool = self.state.rows[name]
+            weight, _ = self._model.weight(name, layer)
             new = self._run(
                 ("magnitude", name),
-                mapped,
+                make,
                 (0,),
                 spec,
                 pool.magnitude,
@@ -305,7 +317,9 @@ class AdapterPool:
 
         old = self.state.token_rows[name]
         arguments = self._put((np.int32(slot), ids, rows))
-        new = self._run(("rows", name), write, (0,), TokenRows(WHOLE, WHOLE), old, *arguments)
+        new = self._run(
+            ("rows", name), lambda: write, (0,), TokenRows(WHOLE, WHOLE), old, *arguments
+        )
         tokens = {**self.state.token_rows, name: new}
         self.state = dataclasses.replace(self.state, token_rows=tokens)
 
@@ -313,7 +327,7 @@ class AdapterPool:
         """matrix: [stored vocabulary, hidden], in the pool's dtype."""
         new = self._run(
             ("matrix", name),
-            lambda old, at, new: jax.lax.dynamic_update_slice(old, new[None], (at, 0, 0)),
+            lambda: lambda old, at, new: jax.lax.dynamic_update_slice(old, new[None], (at, 0, 0)),
             (0,),
             MATRIX,
             self.state.full[name],

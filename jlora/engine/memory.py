@@ -57,7 +57,7 @@ def step_bytes(model: ModelConfig, tokens: int, seqs: int, shards: int) -> int:
         token = model.num_experts_per_tok * (row + 3 * hidden * 4) + 6 * hidden * itemsize
     else:
         token = (4 * model.intermediate_size // shards + 6 * hidden) * itemsize
-    return tokens * token + 6 * seqs * model.vocab_size * 4 + MARGIN_BYTES
+    return tokens * token + 6 * seqs * model.total_vocab * 4 + MARGIN_BYTES
 
 
 def num_kv_pages(

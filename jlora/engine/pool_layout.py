@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.manager import pool_rows, row_blocks
-from jlora.model import AXIS
+from jlora.model import AXIS, stored_vocab
 from jlora.projections import EMBED, ModuleMap, Projection
 
 WHOLE = PartitionSpec()
@@ -46,8 +46,7 @@ def row_shapes(
 def stored_matrix(modules: ModuleMap, config: LoRAConfig, shards: int) -> tuple[int, int, int]:
     """Shape of the whole matrices that adapters may bring, over all devices."""
     model = modules.config
-    rows = -(-model.total_vocab // shards) * shards
-    return config.max_lora_full_weights, rows, model.hidden_size
+    return config.max_lora_full_weights, stored_vocab(model, shards), model.hidden_size
 
 
 def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:

@@ -325,7 +325,7 @@ class LoRAModelManager:
                 blocks += own
                 scales += [weight] * len(own)
             slot_map.set(slot, blocks, scales)
-        self.features[slot] = no_features(self.lora_slots)[-1]
+        self.features[slot] = self.features[-1]
         if isinstance(adapter, LoRAModel):
             mine = self._resident[adapter.key].blocks
             full = {

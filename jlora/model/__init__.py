@@ -7,6 +7,7 @@ from jlora.model.hf_config import load_hf_config, model_config
 from jlora.model.layers import AXIS, StepContext
 from jlora.model.loading import LoadedModel, load_model
 from jlora.model.rope import rope_cos_sin
+from jlora.model.vocabulary import stored_vocab
 
 __all__ = [
     "AXIS",
@@ -22,4 +23,5 @@ __all__ = [
     "load_model",
     "model_config",
     "rope_cos_sin",
+    "stored_vocab",
 ]
