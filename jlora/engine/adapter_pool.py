@@ -223,10 +223,9 @@ class AdapterPool:
             self.state.rows[row.name],
             np.array([layer, block * (row.experts or 1)], np.int32),
         )
-        function = write_embedding_block if row.name == EMBED else write_block
         new_a, new_b = self._run(
             ("block", row.name, a.dtype),
-            lambda: functools.partial(function, part_of=self._part_of(row)),
+            lambda: functools.partial(write_block, part_of=self._part_of(row)),
             (0, 1),
             row_specs(row)[:2],
             pool.a,
@@ -365,29 +364,13 @@ def write_block(
     """a and b with one block replaced; the scale goes into B, in float32 before the cast.
 
     at: the first layer, and the block (of the first expert). new_a [layers, experts, parts, rank,
-    d_in], new_b [layers, experts, d_out, rank], scales [layers, experts, parts].
+    d_in], new_b [layers, experts, d_out, rank], scales [layers, experts, parts]. The a of
+    embed_tokens is [blocks, vocabulary, rank].
     """
-    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype), (at[0], at[1], 0, 0, 0))
-    return a, _write_b(b, at, scales, new_b, part_of)
-
-
-def write_embedding_block(
-    a: Array,
-    b: Array,
-    at: Array,
-    scales: Array,
-    new_a: Array,
-    new_b: Array,
-    *,
-    part_of: np.ndarray,
-) -> tuple[Array, Array]:
-    """The same for embed_tokens, whose a is [blocks, vocabulary, rank]."""
-    rows = jnp.swapaxes(new_a[0, :, 0], 1, 2).astype(a.dtype)
-    a = jax.lax.dynamic_update_slice(a, rows, (at[1], 0, 0))
-    return a, _write_b(b, at, scales, new_b, part_of)
-
-
-def _write_b(b: Array, at: Array, scales: Array, new_b: Array, part_of: np.ndarray) -> Array:
+    first: tuple[Any, ...] = (at[0], at[1], 0, 0, 0)
+    if a.ndim == 3:
+        new_a, first = jnp.swapaxes(new_a[0, :, 0], 1, 2), (at[1], 0, 0)
+    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype), first)
     scaled = new_b.astype(jnp.float32) * scales[:, :, part_of][..., None]
     scaled = jnp.swapaxes(scaled, 2, 3).astype(b.dtype)  # [layers, experts, rank, d_out]
-    return jax.lax.dynamic_update_slice(b, scaled, (at[0], at[1], 0, 0))
+    return a, jax.lax.dynamic_update_slice(b, scaled, (at[0], at[1], 0, 0))
