@@ -115,7 +115,20 @@ def every_kind(model, adapters, **options):
 LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope", "phi3-longrope")
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in LENGTH_DEPENDENT])
+# The others of a family differ from these in the rotation or the window only.
+ALIKE = ("llama2", "llama3.1", "llama-linear", "llama-yarn", "qwen2-window")
+# Tested with low-rank adapters alone in the quick list too: their engine reserves nothing.
+PLAIN_ONLY = (*ALIKE, "llama3", "gemma2", "mixtral")
+
+
+def slow_if(slow, family):
+    return pytest.param(family, marks=pytest.mark.slow) if slow else family
+
+
+@pytest.mark.parametrize(
+    "family",
+    [slow_if(name not in PLAIN_ONLY, name) for name in FAMILIES if name not in LENGTH_DEPENDENT],
+)
 def test_every_family_gives_pefts_tokens(family, tmp_path):
     model, adapters = build(tmp_path, family)
     run_and_compare(engine(model), Reference(model, adapters), adapters)
@@ -125,17 +138,8 @@ def requests_of(adapters):
     return [LoRARequest(name, i + 1, str(path)) for i, (name, path) in enumerate(adapters.items())]
 
 
-# The others of a family differ from these in the rotation or the window only.
-ALIKE = ("llama2", "llama3.1", "llama-linear", "llama-yarn", "qwen2-window")
-
-
 @pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(one, marks=pytest.mark.slow) if one in ALIKE else one
-        for one in FAMILIES
-        if one not in LENGTH_DEPENDENT
-    ],
+    "family", [slow_if(name in ALIKE, name) for name in FAMILIES if name not in LENGTH_DEPENDENT]
 )
 def test_every_kind_of_adapter_gives_pefts_tokens(family, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))
@@ -151,7 +155,14 @@ def test_preemption_changes_nothing(tmp_path):
     assert llm.llm_engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gemma3", "phi3", "olmo2", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama-bias",
+        "qwen3",
+        *(slow_if(True, name) for name in ("gemma3", "phi3", "olmo2", "mixtral")),
+    ],
+)
 def test_two_devices(family, tmp_path):
     model, adapters = build(tmp_path, family)
     llm = engine(model, tensor_parallel_size=2)

@@ -13,7 +13,7 @@ from jlora.cli import main
 from jlora.demo_tasks import ADAPTER_TASKS, BASE_TASK, prompt
 
 ASSETS = Path(jlora.__file__).parent / "demo_assets"
-EACH = 200
+EACH = 100
 
 
 @pytest.fixture(scope="module")
