@@ -3,8 +3,9 @@
 A program takes the queries of one tile of one sequence that share a KV head: row r of its matrix is
 query r // group of the tile with head r % group of the group. It walks the keys that the tile sees,
 in blocks gathered page by page, with an online softmax (Milakov and Gimelshein 2018, as in
-FlashAttention). Where tiles and KV heads alone do not fill the GPU, the keys are split over more
-programs, whose partial results are combined by their softmax sums (Flash-Decoding).
+FlashAttention); blocks that every query sees whole are not masked. Where tiles and KV heads alone
+do not fill the GPU, the keys are split over more programs, whose partial results are combined by
+their softmax sums (Flash-Decoding).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class AttentionConfig:
         block_k = min(64, max(16, block_k))
         working = min(tokens, pl.cdiv(tokens * heads // kv_heads, rows) + seqs) * kv_heads
         splits = min(16, programs // working, max_keys // (2 * block_k))
-        num_warps = 4 if rows * dim_pad < 64 * 128 else 8  # else registers spill
+        num_warps = 4 if rows * dim_pad <= 64 * 128 else 8  # else registers spill
         return AttentionConfig(rows, block_k, max(1, splits), num_warps)
 
 
@@ -59,48 +60,72 @@ class _Options:
     soft_cap: float | None
 
 
-def _attend(q, kv_pages_ref, page_indices_ref, seq, kv_head, q_position, begin, stop, options):
+def _attend(
+    q, kv_pages_ref, page_indices_ref, seq, kv_head, q_position, seen, begin, stop, options
+):
     """Online softmax of the rows over positions begin to stop.
 
+    seen: (first, last) position from begin on of those that every row sees.
     -> weighted sum of the values [rows, head_dim], highest score and sum of the weights [rows];
     scores are in units of log 2.
     """
     (rows, dim_pad), config = q.shape, options.config
     page_size, head_dim = kv_pages_ref.shape[1], kv_pages_ref.shape[3]
+    block_k = jnp.int32(config.block_k)
     dim = jnp.arange(dim_pad, dtype=jnp.int32)
+    whole_dim = dim_pad == head_dim
 
-    def one_block(i, carry):
+    def one_block(i, carry, masked):
         acc, highest, total = carry
-        position = begin + i * config.block_k + jnp.arange(config.block_k, dtype=jnp.int32)
+        position = begin + i * block_k + jnp.arange(config.block_k, dtype=jnp.int32)
         inside = position < stop
-        page = plgpu.load(
-            page_indices_ref.at[seq, lax.div(position, jnp.int32(page_size))], mask=inside, other=0
-        )
+
+        def load(ref, *at, mask):
+            return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
+
+        page_at = lax.div(position, jnp.int32(page_size))
+        page = load(page_indices_ref, seq, page_at, mask=inside if masked else None)
         offset = lax.rem(position, jnp.int32(page_size))
 
-        def load(which):  # [block_k, dim_pad]; what lies past the sequence may be NaN
+        def rows_of(which):  # [block_k, dim_pad]; what lies past the sequence may be NaN
             at = (page[:, None], offset[:, None], 2 * kv_head + which, dim[None, :])
             mask = inside[:, None] & (dim < head_dim)[None, :]
-            return plgpu.load(kv_pages_ref.at[at], mask=mask, other=0.0)
+            return load(kv_pages_ref, *at, mask=None if whole_dim and not masked else mask)
 
-        scores = dot(q, load(0), (1, 1)) * options.sm_scale  # [rows, block_k]
+        scores = dot(q, rows_of(0), (1, 1)) * options.sm_scale  # [rows, block_k]
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores * (1.0 / options.soft_cap))
-        seen = inside[None, :] & (position[None, :] <= q_position[:, None])
-        if options.sliding_window is not None:
-            seen &= position[None, :] > q_position[:, None] - options.sliding_window
-        scores = jnp.where(seen, scores * LOG2_E, MASKED)
+        scores *= LOG2_E
+        if masked:
+            visible = inside[None, :] & (position[None, :] <= q_position[:, None])
+            if options.sliding_window is not None:
+                visible &= position[None, :] > q_position[:, None] - options.sliding_window
+            scores = jnp.where(visible, scores, MASKED)
         new_highest = jnp.maximum(highest, jnp.max(scores, axis=1))
-        weights = jnp.where(seen, jnp.exp2(scores - new_highest[:, None]), 0.0)
+        weights = jnp.exp2(scores - new_highest[:, None])
+        if masked:
+            weights = jnp.where(visible, weights, 0.0)
         rescale = jnp.exp2(highest - new_highest)
-        values = load(1)
+        values = rows_of(1)
         acc = acc * rescale[:, None] + dot(weights.astype(values.dtype), values, (1, 0))
         return acc, new_highest, total * rescale + jnp.sum(weights, axis=1)
 
+    blocks = lax.div(jnp.maximum(stop - begin, 0) + block_k - 1, block_k)
+    first_seen, last_seen = seen
+    whole_stop = jnp.maximum(jnp.minimum(stop, last_seen + 1) - begin, 0)
+    last_whole = lax.div(whole_stop, block_k)  # past the last block that needs no mask
+    first_whole = jnp.minimum(
+        lax.div(jnp.maximum(first_seen - begin, 0) + block_k - 1, block_k), last_whole
+    )
+    masked = functools.partial(one_block, masked=True)
     zeros = jnp.zeros((rows,), jnp.float32)
     carry = (jnp.zeros((rows, dim_pad), jnp.float32), zeros + MASKED, zeros)
-    blocks = lax.div(jnp.maximum(stop - begin, 0) + config.block_k - 1, jnp.int32(config.block_k))
-    return lax.fori_loop(0, blocks, one_block, carry)
+    if options.sliding_window is not None:
+        carry = lax.fori_loop(0, first_whole, masked, carry)
+    carry = lax.fori_loop(
+        first_whole, last_whole, functools.partial(one_block, masked=False), carry
+    )
+    return lax.fori_loop(last_whole, blocks, masked, carry)
 
 
 def _attention_kernel(
@@ -119,7 +144,7 @@ def _attention_kernel(
     *,
     options: _Options,
 ):
-    index, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    kv_head, index, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     tokens, _, head_dim = q_ref.shape
     config, group = options.config, options.group
     tile = config.rows // group
@@ -137,7 +162,9 @@ def _attention_kernel(
 
     @pl.when(index < num_tiles_ref[0])
     def _():
-        seq, start = tile_seq_ref[index], tile_start_ref[index]
+        # A sequence's last tile sees the most keys, so the last are started first.
+        at = num_tiles_ref[0] - 1 - index
+        seq, start = tile_seq_ref[at], tile_start_ref[at]
         first, kv_len = cu_q_lens_ref[seq], kv_lens_ref[seq]
         q_len = cu_q_lens_ref[seq + 1] - first
         query = start + local
@@ -150,16 +177,26 @@ def _attention_kernel(
         )
         history = kv_len - q_len
         stop = history + jnp.minimum(start + tile, q_len)  # past the last key that is seen
-        begin = jnp.int32(0)
+        begin = first_seen = jnp.int32(0)
         if options.sliding_window is not None:
             begin = jnp.maximum(history + start - (options.sliding_window - 1), 0)
+            first_seen = stop - options.sliding_window
         if config.splits > 1:
             step = jnp.int32(config.block_k * config.splits)
             piece = lax.div(stop - begin + step - 1, step) * config.block_k
             begin += split * piece
             stop = jnp.minimum(begin + piece, stop)
         acc, highest, total = _attend(
-            q, kv_pages_ref, page_indices_ref, seq, kv_head, history + query, begin, stop, options
+            q,
+            kv_pages_ref,
+            page_indices_ref,
+            seq,
+            kv_head,
+            history + query,
+            (first_seen, history + start),
+            begin,
+            stop,
+            options,
         )
         acc = acc / jnp.maximum(total, 1e-30)[:, None]
         store(token, mask, acc, highest, total)
@@ -203,7 +240,7 @@ def ragged_paged_attention_gpu(
     out, highest, total = pl.pallas_call(
         functools.partial(_attention_kernel, options=options),
         name="ragged_paged_attention",
-        grid=(tiles.seq.shape[0], kv_heads, config.splits),
+        grid=(kv_heads, tiles.seq.shape[0], config.splits),
         out_shape=(
             jax.ShapeDtypeStruct((config.splits, *q.shape), q.dtype if one else jnp.float32),
             jax.ShapeDtypeStruct(sums, jnp.float32),

@@ -48,14 +48,25 @@ def _resolve(implementation: Implementation | None) -> Implementation:
 
 
 def lora_routing(
-    token_slots: Int[Array, " tokens"], *, implementation: Implementation | None = None
+    token_slots: Int[Array, " tokens"],
+    grouped_slots: int | None = None,
+    *,
+    implementation: Implementation | None = None,
 ) -> LoRARouting:
-    """The routing of a step for `lora_shrink` and `lora_expand` of the same implementation.
+    """The routing of a step for the LoRA matmuls of the same implementation.
 
     token_slots: int32, the adapter slot of each token, -1 for none.
+    grouped_slots: the number of slots, if the tokens of each slot stand together: none of another
+    slot is between them, though some without an adapter may be. It makes for fewer programs.
     """
-    tile = {"xla": 16, "gpu": lora_gpu.TOKEN_TILE, "tpu": lora_tpu.TOKEN_TILE}
-    return lora.lora_routing(token_slots, tile[_resolve(implementation)])
+    match _resolve(implementation):
+        case "gpu":
+            tile = 16 if grouped_slots is None else lora_gpu.token_tile(token_slots.shape[0])
+            return lora.lora_routing(token_slots, tile, grouped_slots)
+        case "tpu":
+            return lora.lora_routing(token_slots, lora_tpu.TOKEN_TILE)
+        case _:
+            return lora.lora_routing(token_slots, 16)
 
 
 def lora_shrink(
@@ -130,6 +141,30 @@ def lora_expand(
             )
         case _:
             return lora.lora_expand_xla(y, h, b, layer, routing, slots, part_widths)
+
+
+def lora_matmul(
+    x: Float[Array, "tokens d_in"],
+    w: Float[Array, "d_in d_out"],
+    h: Float[Array, "splits tokens max_blocks parts rank"],
+    b: Float[Array, "layers blocks rank d_out"],
+    layer: Int[Array, ""] | int,
+    routing: LoRARouting,
+    slots: SlotTable,
+    part_widths: tuple[int, ...],
+    *,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Float[Array, "tokens d_out"]:
+    """x · W plus scale · h · Bᵀ of each token's blocks: `lora_expand` of the base's own product.
+
+    One kernel where the backend has one and the step is small, and then the sum is rounded once.
+    """
+    arrays: tuple[Any, ...] = (h, b, layer, routing, slots, part_widths)
+    if _resolve(implementation) == "gpu":
+        return lora_gpu.lora_matmul_gpu(x, w, *arrays, interpret=interpret)
+    y = jnp.dot(x, w, precision=lora.dot_precision(x.dtype))
+    return lora_expand(y, *arrays, implementation=implementation, interpret=interpret)
 
 
 def grouped_matmul(

@@ -48,7 +48,7 @@ class SlotTable:
 @typing.no_type_check
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_slots", "pair_tile", "pair_slot", "num_pairs"],
+    data_fields=["token_slots", "pair_tile", "pair_slot", "num_pairs", "tile_start"],
     meta_fields=["tile"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +57,47 @@ class LoRARouting:
 
     Tokens are cut into tiles of `tile` consecutive ones. A pair is one tile and one slot that
     occurs in it; kernels walk the `num_pairs` pairs (ordered by tile) and mask the other tokens
-    of the tile. Tokens ordered by slot make the fewest pairs, any order is right.
+    of the tile. The pairs of tile i are `tile_start[i] : tile_start[i + 1]`.
     """
 
     token_slots: Int[Array, " tokens"]
-    pair_tile: Int[Array, " tokens"]
-    pair_slot: Int[Array, " tokens"]
+    pair_tile: Int[Array, " pairs"]
+    pair_slot: Int[Array, " pairs"]
     num_pairs: Int[Array, "1"]
+    tile_start: Int[Array, " tiles_1"]
     tile: int
 
 
-def lora_routing(token_slots: Int[Array, " tokens"], tile: int) -> LoRARouting:
+def lora_routing(
+    token_slots: Int[Array, " tokens"], tile: int, grouped_slots: int | None = None
+) -> LoRARouting:
     """Lists the (tile, slot) pairs of a step.
 
     token_slots: the slot of each token, `NO_ADAPTER` for none.
     tile: tokens a tile.
+    grouped_slots: the number of slots, where no token of another slot is between those of a slot
+        (tokens without an adapter may be). Then there are at most tiles + slots - 1 pairs.
     """
     tokens = token_slots.shape[0]
+    pairs = tokens
+    if grouped_slots is not None:
+        pairs = max(1, min(tokens, -(-tokens // tile) + grouped_slots - 1))
     padded = jnp.pad(token_slots, (0, -tokens % tile), constant_values=NO_ADAPTER)
     tiles = padded.reshape(-1, tile)
     same = tiles[:, :, None] == tiles[:, None, :]  # [tiles, tile, tile]
     seen_before = jnp.any(same & jnp.tri(tile, k=-1, dtype=bool)[None], axis=2)
     first = ((tiles != NO_ADAPTER) & ~seen_before).reshape(-1)
     index = jnp.cumsum(first, dtype=jnp.int32) - 1
-    at = jnp.where(first, index, tokens)  # out of range: dropped
-    empty = jnp.zeros(tokens, jnp.int32)
+    at = jnp.where(first, index, pairs)  # out of range: dropped
+    empty = jnp.zeros(pairs, jnp.int32)
+    tile_ends = jnp.cumsum(jnp.sum(first.reshape(-1, tile), axis=1), dtype=jnp.int32)
     tile_of_token = jnp.arange(padded.shape[0], dtype=jnp.int32) // tile
     return LoRARouting(
         token_slots=token_slots,
         pair_tile=empty.at[at].set(tile_of_token, mode="drop"),
         pair_slot=empty.at[at].set(padded, mode="drop"),
         num_pairs=jnp.sum(first, dtype=jnp.int32)[None],
+        tile_start=jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends]),
         tile=tile,
     )
 

@@ -1,9 +1,12 @@
 """The LoRA matmuls as Pallas kernels for GPU (Triton backend).
 
-Both walk the (token tile, slot) pairs of the step, one program a pair and a piece of the wide axis,
-and loop over the blocks that the slot really holds: what is read follows the ranks in use. No
-program writes what another one writes, so there are no atomics and the same bits on every run.
-Shrink cuts d_in into `splits`, so that a decode step fills the GPU, and leaves their sum to expand.
+Tokens are cut into tiles, and a tile's pairs are the slots that occur in it. Shrink has a program
+for each pair and piece of d_in (`splits` pieces, so that a decode step fills the GPU); their sum is
+left to what reads h. Expand has a program for each tile and piece of the columns, which adds the
+delta of all pairs of the tile. What is read follows the ranks in use. A decode step is one tile,
+and for it the base's own matmul is the same kernel: B adds some rows to W, and the ranks of h are
+as many more columns of x. No program writes what another one writes, so there are no atomics and
+the same bits on every run.
 """
 
 from __future__ import annotations
@@ -20,41 +23,72 @@ from jaxtyping import Array, Float, Int
 
 from jlora.kernels.lora import LoRARouting, SlotTable, dot_precision
 
-TOKEN_TILE = 16  # the fewest rows that a Triton dot takes
 BLOCK_RANKS = (8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkConfig:
-    """block_k: columns of x that a step of the loop takes; programs: how many to aim for."""
+    """block_k: columns of x of a step of the loop; parts: of a program."""
 
     block_k: int
     splits: int
+    parts: int
     num_warps: int = 4
     num_stages: int = 3
 
     @staticmethod
-    def choose(tokens: int, d_in: int, parts: int, itemsize: int, programs: int = 264):
-        """Few tiles (decode): more splits, each of at least one block_k and eight at most."""
-        block_k = min(pl.next_power_of_2(max(d_in, 16)), 512 // itemsize)
-        tiles = pl.cdiv(tokens, TOKEN_TILE)
-        splits = min(8, pl.cdiv(d_in, block_k), max(1, programs // (tiles * parts)))
-        return ShrinkConfig(block_k, splits)
+    def choose(tokens, d_in, parts, rank, itemsize, tile, programs: int = 264) -> ShrinkConfig:
+        """Few tiles (decode): a part a program and more splits, of at least one block_k each.
+
+        Many: x is read once for all parts.
+        """
+        together = parts if tokens > 256 and parts * rank <= 64 else 1
+        block_k = min(pl.next_power_of_2(max(d_in, 16)), (512 if tile <= 32 else 128) // itemsize)
+        tiles = pl.cdiv(tokens, tile) * (parts // together)
+        splits = min(8 if d_in <= 8192 else 16, pl.cdiv(d_in, block_k), max(1, programs // tiles))
+        return ShrinkConfig(block_k, splits, together)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpandConfig:
-    """block_n: columns of y of one program."""
+    """block_n: columns of y of one program; at_once: pairs of a dot."""
 
     block_n: int
+    at_once: int
     num_warps: int = 4
     num_stages: int = 2
 
     @staticmethod
-    def choose(tokens: int, part_widths: tuple[int, ...]):
-        """Narrow tiles while there are few tokens, so that there are enough programs."""
-        block_n = 128 if tokens <= 8 else 256
-        return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))))
+    def choose(tokens: int, part_widths: tuple[int, ...], itemsize: int) -> ExpandConfig:
+        """Many tokens: a tile has few pairs, since they are those of few sequences."""
+        block_n = min(256 // itemsize, pl.next_power_of_2(max(*part_widths, 16)))
+        return ExpandConfig(block_n, 1, 8) if tokens >= 1024 else ExpandConfig(block_n, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulConfig:
+    """block_n: columns of w of one program; splits: pieces of d_in; at_once: pairs of a dot."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    at_once: int
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def choose(tile: int, d_in: int, part_widths: tuple[int, ...], itemsize: int) -> MatmulConfig:
+        """What was best on an H100 for the four matmuls of an 8B: see docs/benchmarks.md."""
+        widest = pl.next_power_of_2(max(*part_widths, 16))
+        if sum(part_widths) >= 200 * 128:
+            block_n, splits, num_stages = 128, 1, 3
+            block_k = (256 if tile <= 16 else 128) // itemsize
+        else:
+            block_n, splits, num_stages, block_k = 64, 2, 4, 256 // itemsize
+        block_k = min(block_k, pl.next_power_of_2(max(d_in, 16)))
+        splits = min(splits, pl.cdiv(d_in, block_k))
+        num_warps = 8 if tile >= 64 and block_n >= 128 else 4
+        return MatmulConfig(min(block_n, widest), block_k, splits, 4, num_warps, num_stages)
 
 
 def _check_block_rank(rank: int) -> None:
@@ -64,12 +98,9 @@ def _check_block_rank(rank: int) -> None:
         )
 
 
-def _tile_rows(token_slots_ref, tile, slot, tokens: int):
-    """-> token index of each row of a tile, and whether it belongs to the slot. [TOKEN_TILE]"""
-    rows = tile * TOKEN_TILE + jnp.arange(TOKEN_TILE, dtype=jnp.int32)
-    inside = rows < tokens
-    slots = plgpu.load(token_slots_ref.at[rows], mask=inside, other=-1)
-    return rows, inside & (slots == slot)
+def token_tile(tokens: int) -> int:
+    """Tokens a tile. Decode steps of up to 64 tokens are one tile, which `lora_matmul` needs."""
+    return 128 if tokens >= 1024 else min(64, pl.next_power_of_2(max(tokens, 16)))
 
 
 def dot(a, b, contract: tuple[int, int]):
@@ -81,55 +112,74 @@ def dot(a, b, contract: tuple[int, int]):
     )
 
 
+def _mask(rows, columns, of_rows=None, of_columns=None):
+    """The mask of a matrix's load from one of its rows and one of its columns; None: all of them.
+
+    Triton does not see that a mask is always true, and then cannot make wide loads: hence None.
+    """
+    if of_rows is None and of_columns is None:
+        return None
+    shape = (rows.shape[0], columns.shape[0])
+    masks = [] if of_rows is None else [jnp.broadcast_to(of_rows[:, None], shape)]
+    masks += [] if of_columns is None else [jnp.broadcast_to(of_columns[None, :], shape)]
+    return functools.reduce(jnp.logical_and, masks)
+
+
+def _load(ref, *at, mask=None):
+    return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
+
+
 def _shrink_kernel(
     x_ref,  # [tokens, d_in]
     a_ref,  # [layers, blocks, parts, rank, d_in]
     layer_ref,  # [1]
     token_slots_ref,  # [tokens]
-    pair_tile_ref,  # [tokens]
-    pair_slot_ref,  # [tokens]
+    pair_tile_ref,  # [pairs]
+    pair_slot_ref,  # [pairs]
     num_pairs_ref,  # [1]
     blocks_ref,  # [slots, max_blocks]
     counts_ref,  # [slots]
     h_ref,  # [splits, tokens, max_blocks, parts, rank]
     *,
+    tile: int,
     config: ShrinkConfig,
 ):
-    pair, split, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    pair, split, first_part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     tokens, d_in = x_ref.shape
-    rank, max_blocks, block_k = a_ref.shape[3], blocks_ref.shape[1], config.block_k
+    rank, max_blocks = a_ref.shape[3], blocks_ref.shape[1]
+    block_k, here = config.block_k, config.parts
     steps = pl.cdiv(pl.cdiv(d_in, block_k), config.splits)
 
     # These loads, and each block's number a turn ahead, wait for one another as little as can be.
-    layer, slot, tile = layer_ref[0], pair_slot_ref[pair], pair_tile_ref[pair]
+    layer, slot, tile_index = layer_ref[0], pair_slot_ref[pair], pair_tile_ref[pair]
 
     @pl.when(pair < num_pairs_ref[0])
     def _():
-        rows, mine = _tile_rows(token_slots_ref, tile, slot, tokens)
-        r = jnp.arange(max(rank, 16), dtype=jnp.int32)
+        rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
+        # The ranks of the parts of this program, side by side.
+        column = jnp.arange(max(16, pl.next_power_of_2(here * rank)), dtype=jnp.int32)
+        part = first_part * here + lax.div(column, jnp.int32(rank))
+        r, real = lax.rem(column, jnp.int32(rank)), column < here * rank
         first = split * (steps * block_k)
+        in_tokens = rows < tokens if tokens % tile else None
 
         def one_block(j, block):
             def one_step(step, h):
                 k = first + step * block_k + jnp.arange(block_k, dtype=jnp.int32)
-                x = plgpu.load(
-                    x_ref.at[rows[:, None], k[None, :]],
-                    mask=mine[:, None] & (k < d_in)[None, :],
-                    other=0.0,
-                )  # [TOKEN_TILE, block_k]
-                a = plgpu.load(
-                    a_ref.at[layer, block, part, r[:, None], k[None, :]],
-                    mask=(r < rank)[:, None] & (k < d_in)[None, :],
-                    other=0.0,
-                )  # [rank, block_k]
+                in_k = k < d_in if d_in % (block_k * config.splits) else None
+                in_x, in_a = _mask(rows, k, in_tokens, in_k), _mask(column, k, real, in_k)
+                x = _load(x_ref, rows[:, None], k[None, :], mask=in_x)
+                a = _load(a_ref, layer, block, part[:, None], r[:, None], k[None, :], mask=in_a)
                 return h + dot(x, a.astype(x.dtype), (1, 1))
 
-            h = jnp.zeros((TOKEN_TILE, r.shape[0]), jnp.float32)
+            h = jnp.zeros((tile, column.shape[0]), jnp.float32)
             h = lax.fori_loop(0, steps, one_step, h)
+            # Other slots' tokens of the tile have been computed too, and are not stored.
+            mine = _load(token_slots_ref, rows, mask=rows < tokens) == slot
             plgpu.store(
-                h_ref.at[split, rows[:, None], j, part, r[None, :]],
+                h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]],
                 h,
-                mask=mine[:, None] & (r < rank)[None, :],
+                mask=(mine & (rows < tokens))[:, None] & real[None, :],
             )
             return blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
 
@@ -148,12 +198,13 @@ def lora_shrink_gpu(
     """See `jlora.kernels.lora_shrink`."""
     (tokens, d_in), (_, _, parts, rank, _) = x.shape, a.shape
     _check_block_rank(rank)
-    config = ShrinkConfig.choose(tokens, d_in, parts, x.dtype.itemsize)
+    pairs = routing.pair_slot.shape[0]
+    config = ShrinkConfig.choose(tokens, d_in, parts, rank, x.dtype.itemsize, routing.tile)
     shape = (config.splits, tokens, slots.blocks.shape[1], parts, rank)
     return pl.pallas_call(
-        functools.partial(_shrink_kernel, config=config),
+        functools.partial(_shrink_kernel, tile=routing.tile, config=config),
         name="lora_shrink",
-        grid=(tokens, config.splits, parts),
+        grid=(pairs, config.splits, parts // config.parts),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         compiler_params=plgpu.CompilerParams(
             num_warps=config.num_warps, num_stages=config.num_stages
@@ -185,59 +236,104 @@ def _column_tile(index, part_widths: tuple[int, ...], block_n: int):
     return part, start, end
 
 
+def _in_part(columns, end, part_widths: tuple[int, ...]):
+    """Which columns of a tile are of its part; None when all are, in every tile."""
+    whole = all(width % columns.shape[0] == 0 for width in part_widths)
+    return None if whole else columns < end
+
+
+def _num_column_tiles(part_widths: tuple[int, ...], block_n: int) -> int:
+    return sum(pl.cdiv(width, block_n) for width in part_widths)
+
+
+def _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, at_once: int):
+    """acc plus the delta of one tile's tokens in some columns of one part.
+
+    in_part: which of the columns are, None for all. pairs: (first, past the last) of the tile.
+
+    The ranks of `at_once` pairs are one dot: where a token is not of a pair's slot, its h is zero
+    there. That would not keep a B that is not finite from other tokens, so such values are taken
+    out of it and put into the h of its own tokens.
+    """
+    layer_ref, token_slots_ref, pair_slot_ref, blocks_ref, counts_ref, scales_ref = routes
+    splits, tokens, _, _, rank = h_ref.shape
+    ranks, tile, layer = max(16, rank), rows.shape[0], layer_ref[0]
+    in_tile = rows < tokens
+    slot_of_row = _load(token_slots_ref, rows, mask=in_tile)
+    column = jnp.arange(at_once * ranks, dtype=jnp.int32)
+    r = lax.rem(column, jnp.int32(ranks))
+    rank_at = jnp.arange(ranks, dtype=jnp.int32)
+    own = in_tile & (slot_of_row >= 0)
+    blocks_of_row = _load(counts_ref, jnp.maximum(slot_of_row, 0), mask=own)
+
+    def one_block(j, acc):
+        h = jnp.zeros((tile, ranks), jnp.float32)
+        in_rank = rank_at < rank if rank < ranks else None
+        h_mask = _mask(rows, rank_at, own & (j < blocks_of_row), in_rank)
+        for split in range(splits):
+            h += _load(h_ref, split, rows[:, None], j, part, rank_at[None, :], mask=h_mask)
+        wide = jnp.broadcast_to(h[:, None, :], (tile, at_once, ranks)).reshape(tile, -1)
+
+        def some_pairs(i, acc):
+            pair = pairs[0] + i * at_once + lax.div(column, jnp.int32(ranks))
+            slot = _load(pair_slot_ref, pair, mask=pair < pairs[1])
+            there = (pair < pairs[1]) & (r < rank)
+            there &= j < _load(counts_ref, slot, mask=there)
+            block = _load(blocks_ref, slot, j, mask=there)
+            scale = _load(scales_ref, slot, j, mask=there)
+            in_b = _mask(column, columns, there, in_part)
+            b = _load(b_ref, layer, block[:, None], r[:, None], columns[None, :], mask=in_b)
+            wide_b = b.astype(jnp.float32)
+            nan_or_0 = jnp.sum(wide_b * 0.0, axis=1)
+            b = jnp.where(jnp.abs(wide_b) < jnp.inf, wide_b, 0.0).astype(b.dtype)
+            mine = (slot_of_row[:, None] == slot[None, :]) & in_tile[:, None] & there[None, :]
+            delta_h = jnp.where(mine, wide * scale[None, :] + nan_or_0[None, :], 0.0)
+            return acc + dot(delta_h.astype(b.dtype), b, (1, 0))
+
+        return lax.fori_loop(
+            0, lax.div(pairs[1] - pairs[0] + at_once - 1, at_once), some_pairs, acc
+        )
+
+    num_blocks = jnp.where(pairs[0] < pairs[1], jnp.max(blocks_of_row), 0)
+    return lax.fori_loop(0, num_blocks, one_block, acc)
+
+
 def _expand_kernel(
     y_ref,  # [tokens, d_out]; the same memory as out_ref
     h_ref,  # [splits, tokens, max_blocks, parts, rank]
     b_ref,  # [layers, blocks, rank, d_out]
     layer_ref,  # [1]
     token_slots_ref,  # [tokens]
-    pair_tile_ref,  # [tokens]
-    pair_slot_ref,  # [tokens]
-    num_pairs_ref,  # [1]
+    pair_slot_ref,  # [pairs]
+    tile_start_ref,  # [tiles + 1]
     blocks_ref,  # [slots, max_blocks]
     counts_ref,  # [slots]
     scales_ref,  # [slots, max_blocks]
     out_ref,  # [tokens, d_out]
     *,
     part_widths: tuple[int, ...],
+    tile: int,
     config: ExpandConfig,
 ):
-    pair, column_tile = pl.program_id(0), pl.program_id(1)
-    splits, tokens, max_blocks, _, rank = h_ref.shape
+    tile_index, column_tile = pl.program_id(0), pl.program_id(1)
     part, start, end = _column_tile(column_tile, part_widths, config.block_n)
+    pairs = tile_start_ref[tile_index], tile_start_ref[tile_index + 1]
+    routes = (layer_ref, token_slots_ref, pair_slot_ref, blocks_ref, counts_ref, scales_ref)
 
-    # These loads, and each block's number a turn ahead, wait for one another as little as can be.
-    layer, slot, tile = layer_ref[0], pair_slot_ref[pair], pair_tile_ref[pair]
-
-    @pl.when(pair < num_pairs_ref[0])
+    @pl.when(pairs[0] < pairs[1])
     def _():
-        rows, mine = _tile_rows(token_slots_ref, tile, slot, tokens)
-        r = jnp.arange(max(rank, 16), dtype=jnp.int32)
+        tokens = y_ref.shape[0]
+        rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
         columns = start + jnp.arange(config.block_n, dtype=jnp.int32)
-
-        def one_block(j, carry):
-            block, delta = carry
-            b = plgpu.load(
-                b_ref.at[layer, block, r[:, None], columns[None, :]],
-                mask=(r < rank)[:, None] & (columns < end)[None, :],
-                other=0.0,
-            )  # [rank, block_n]
-            h = jnp.zeros((TOKEN_TILE, r.shape[0]), jnp.float32)
-            for split in range(splits):
-                h += plgpu.load(
-                    h_ref.at[split, rows[:, None], j, part, r[None, :]],
-                    mask=mine[:, None] & (r < rank)[None, :],
-                    other=0.0,
-                )
-            h = (h * scales_ref[slot, j]).astype(b.dtype)
-            next_block = blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
-            return next_block, delta + dot(h, b, (1, 0))
-
-        carry = blocks_ref[slot, 0], jnp.zeros((TOKEN_TILE, config.block_n), jnp.float32)
-        _, delta = lax.fori_loop(0, counts_ref[slot], one_block, carry)
+        zeros = jnp.zeros((tile, config.block_n), jnp.float32)
+        in_part = _in_part(columns, end, part_widths)
+        delta = _add_delta(
+            zeros, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once
+        )
         at = (rows[:, None], columns[None, :])
-        mask = mine[:, None] & (columns < end)[None, :]
-        y = plgpu.load(y_ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
+        adapted = _load(token_slots_ref, rows, mask=rows < tokens) >= 0
+        mask = _mask(rows, columns, (rows < tokens) & adapted, in_part)
+        y = _load(y_ref, *at, mask=mask).astype(jnp.float32)
         plgpu.store(out_ref.at[at], (y + delta).astype(out_ref.dtype), mask=mask)
 
 
@@ -254,12 +350,16 @@ def lora_expand_gpu(
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. y is updated in place where XLA lets it."""
     _check_block_rank(b.shape[2])
-    config = ExpandConfig.choose(y.shape[0], part_widths)
-    column_tiles = sum(pl.cdiv(width, config.block_n) for width in part_widths)
+    if y.shape[0] > 64:  # every piece of columns reads all of it, so it is summed before
+        h = jnp.sum(h, axis=0, keepdims=True)
+    config = ExpandConfig.choose(y.shape[0], part_widths, y.dtype.itemsize)
+    tiles = routing.tile_start.shape[0] - 1
     return pl.pallas_call(
-        functools.partial(_expand_kernel, part_widths=part_widths, config=config),
+        functools.partial(
+            _expand_kernel, part_widths=part_widths, tile=routing.tile, config=config
+        ),
         name="lora_expand",
-        grid=(y.shape[0], column_tiles),
+        grid=(tiles, _num_column_tiles(part_widths, config.block_n)),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(
@@ -272,10 +372,101 @@ def lora_expand_gpu(
         b,
         jnp.asarray(layer, jnp.int32)[None],
         routing.token_slots,
-        routing.pair_tile,
+        routing.pair_slot,
+        routing.tile_start,
+        slots.blocks,
+        slots.counts,
+        slots.scales,
+    )
+
+
+def _matmul_kernel(
+    x_ref,  # [tokens, d_in]
+    w_ref,  # [d_in, d_out]
+    h_ref,  # [h_splits, tokens, max_blocks, parts, rank]
+    b_ref,  # [layers, blocks, rank, d_out]
+    layer_ref,  # [1]
+    token_slots_ref,  # [tokens]
+    pair_slot_ref,  # [pairs]
+    num_pairs_ref,  # [1]
+    blocks_ref,  # [slots, max_blocks]
+    counts_ref,  # [slots]
+    scales_ref,  # [slots, max_blocks]
+    out_ref,  # [splits, tokens, d_out]
+    *,
+    part_widths: tuple[int, ...],
+    tile: int,
+    config: MatmulConfig,
+):
+    column_tile, split = pl.program_id(0), pl.program_id(1)
+    (tokens, d_in), block_k, block_n = x_ref.shape, config.block_k, config.block_n
+    part, start, end = _column_tile(column_tile, part_widths, block_n)
+    rows, columns = jnp.arange(tile, dtype=jnp.int32), start + jnp.arange(block_n, dtype=jnp.int32)
+    steps = pl.cdiv(pl.cdiv(d_in, block_k), config.splits)
+    in_tokens = rows < tokens if tokens < tile else None
+    in_part = _in_part(columns, end, part_widths)
+
+    def one_step(step, acc):
+        k = (split * steps + step) * block_k + jnp.arange(block_k, dtype=jnp.int32)
+        in_k = k < d_in if d_in % (block_k * config.splits) else None
+        x = _load(x_ref, rows[:, None], k[None, :], mask=_mask(rows, k, in_tokens, in_k))
+        w = _load(w_ref, k[:, None], columns[None, :], mask=_mask(k, columns, in_k, in_part))
+        return acc + dot(x, w, (1, 0))
+
+    acc = lax.fori_loop(0, steps, one_step, jnp.zeros((tile, block_n), jnp.float32))
+    routes = (layer_ref, token_slots_ref, pair_slot_ref, blocks_ref, counts_ref, scales_ref)
+    pairs = jnp.int32(0), jnp.where(split == 0, num_pairs_ref[0], 0)
+    acc = _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once)
+    plgpu.store(
+        out_ref.at[split, rows[:, None], columns[None, :]],
+        acc.astype(out_ref.dtype),
+        mask=_mask(rows, columns, in_tokens, in_part),
+    )
+
+
+def lora_matmul_gpu(
+    x: Float[Array, "tokens d_in"],
+    w: Float[Array, "d_in d_out"],
+    h: Float[Array, "splits tokens max_blocks parts rank"],
+    b: Float[Array, "layers blocks rank d_out"],
+    layer: Int[Array, ""] | int,
+    routing: LoRARouting,
+    slots: SlotTable,
+    part_widths: tuple[int, ...],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "tokens d_out"]:
+    """See `jlora.kernels.lora_matmul`. One kernel for a single tile, else cuBLAS and expand."""
+    tokens, (d_in, d_out) = x.shape[0], w.shape
+    if routing.tile_start.shape[0] != 2 or w.dtype != x.dtype:
+        y = jnp.dot(x, w, precision=dot_precision(x.dtype))
+        return lora_expand_gpu(y, h, b, layer, routing, slots, part_widths, interpret=interpret)
+    _check_block_rank(b.shape[2])
+    config = MatmulConfig.choose(routing.tile, d_in, part_widths, x.dtype.itemsize)
+    out = pl.pallas_call(
+        functools.partial(
+            _matmul_kernel, part_widths=part_widths, tile=routing.tile, config=config
+        ),
+        name="lora_matmul",
+        grid=(_num_column_tiles(part_widths, config.block_n), config.splits),
+        out_shape=jax.ShapeDtypeStruct(
+            (config.splits, tokens, d_out), x.dtype if config.splits == 1 else jnp.float32
+        ),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=interpret,
+    )(
+        x,
+        w,
+        h,
+        b,
+        jnp.asarray(layer, jnp.int32)[None],
+        routing.token_slots,
         routing.pair_slot,
         routing.num_pairs,
         slots.blocks,
         slots.counts,
         slots.scales,
     )
+    return out[0] if config.splits == 1 else jnp.sum(out, axis=0).astype(x.dtype)

@@ -91,8 +91,9 @@ class TokenAdapters:
     def of(
         cls, state: AdapterState, slots: Int[Array, " tokens"], implementation: Implementation
     ) -> TokenAdapters:
-        """slots: of each token, `kernels.NO_ADAPTER` for none."""
-        routing = kernels.lora_routing(slots, implementation=implementation)
+        """slots: of each token, `kernels.NO_ADAPTER` for none; those of a slot stand together."""
+        num_slots = state.features.shape[0] - 1
+        routing = kernels.lora_routing(slots, num_slots, implementation=implementation)
         # NO_ADAPTER is -1, and so the last row.
         return cls(state, routing, state.features[slots], implementation)
 
@@ -127,6 +128,22 @@ class TokenAdapters:
         )
         return kernels.lora_expand(
             y, h, row.b, layer, self.routing, row.slots, part_widths, **options
+        )
+
+    def matmul(
+        self,
+        x: Float[Array, "tokens d_in"],
+        w: Float[Array, "d_in d_out"],
+        row: RowPool,
+        layer: int | Int[Array, ""],
+        part_widths: tuple[int, ...],
+    ) -> Float[Array, "tokens d_out"]:
+        """x W plus the LoRA product."""
+        options: dict[str, Any] = {"implementation": self.implementation}
+        pooled = x.astype(row.a.dtype)
+        h = kernels.lora_shrink(pooled, row.a, layer, self.routing, row.slots, **options)
+        return kernels.lora_matmul(
+            x, w, h, row.b, layer, self.routing, row.slots, part_widths, **options
         )
 
     def rescale(

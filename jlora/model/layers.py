@@ -100,13 +100,13 @@ class LoRALinear(nnx.Module):
         self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext
     ) -> Float[Array, "tokens d_out"]:
         weight = self.weight[...]
-        y = jnp.dot(x, weight, precision=kernels.dot_precision(x.dtype))
         adapters = step.adapters
         if adapters is None:
+            y = jnp.dot(x, weight, precision=kernels.dot_precision(x.dtype))
             y = jax.lax.psum(y, AXIS) if self.sums else y
             return y if self.bias is None else y + self.bias[...]
         row = adapters.state.rows[self.name]
-        y = adapters.add_delta(y, x, row, layer, self.part_widths)
+        y = adapters.matmul(x, weight, row, layer, self.part_widths)
         if self.sums:  # the adapter's partial sums ride on the base's own all-reduce
             y = jax.lax.psum(y, AXIS)
         y = adapters.rescale(y, row, layer)

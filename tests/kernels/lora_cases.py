@@ -27,7 +27,8 @@ class LoRACase:
     """One step's tokens and one projection's adapters.
 
     ranks: rank of each slot's adapter, 0 where it does not touch this projection.
-    order: "sorted" or "shuffled" tokens, "distinct" (token t has slot t), or "experts": the slots
+    order: "sorted" tokens, "grouped" (the same with some that have no adapter in between),
+        "shuffled", "distinct" (token t has slot t), or "experts": the slots
         are those of `VIRTUAL_EXPERTS` experts, three adapters are in use, and tokens are sorted by
         expert, not by adapter.
     without: share of the tokens without an adapter.
@@ -116,6 +117,7 @@ def _draw_token_slots(rng, case: LoRACase) -> np.ndarray:
         token_slots = rng.choice(adapters, case.tokens) * VIRTUAL_EXPERTS + expert
     else:
         token_slots = rng.integers(0, len(case.ranks), case.tokens)
+        token_slots = np.sort(token_slots) if case.order == "grouped" else token_slots
     bare = rng.permutation(case.tokens)[: round(case.without * case.tokens)]
     token_slots[bare] = kernels.NO_ADAPTER
     if case.order == "sorted":  # tokens without an adapter come last
@@ -167,9 +169,15 @@ def lora_call(case: LoRACase, inputs: LoRAInputs, function, *arrays) -> Call:
     return Call(lambda *arguments: function(case.layer, *arguments), arguments)
 
 
+def routing_of(case: LoRACase, token_slots, implementation):
+    """That tokens are grouped is said where it is so."""
+    grouped = len(case.ranks) if case.order in ("sorted", "grouped") else None
+    return kernels.lora_routing(token_slots, grouped, implementation=implementation)
+
+
 def shrink_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=False) -> Call:
     def shrink(layer, token_slots, slots, x, a):
-        routing = kernels.lora_routing(token_slots, implementation=implementation)
+        routing = routing_of(case, token_slots, implementation)
         return kernels.lora_shrink(
             x, a, layer, routing, slots, implementation=implementation, interpret=interpret
         )
@@ -179,7 +187,7 @@ def shrink_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=Fa
 
 def expand_call(case: LoRACase, inputs: LoRAInputs, h, implementation, interpret=False) -> Call:
     def expand(layer, token_slots, slots, y, h, b):
-        routing = kernels.lora_routing(token_slots, implementation=implementation)
+        routing = routing_of(case, token_slots, implementation)
         return kernels.lora_expand(
             y,
             h,
@@ -193,6 +201,32 @@ def expand_call(case: LoRACase, inputs: LoRAInputs, h, implementation, interpret
         )
 
     return lora_call(case, inputs, expand, inputs.y, h, inputs.b)
+
+
+def matmul_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=False) -> Call:
+    def matmul(layer, token_slots, slots, x, w, h, b):
+        routing = routing_of(case, token_slots, implementation)
+        return kernels.lora_matmul(
+            x,
+            w,
+            h,
+            b,
+            layer,
+            routing,
+            slots,
+            case.part_widths,
+            implementation=implementation,
+            interpret=interpret,
+        )
+
+    return lora_call(case, inputs, matmul, inputs.x, base_weight(case), inputs.h, inputs.b)
+
+
+def base_weight(case: LoRACase) -> np.ndarray:
+    """W [d_in, d_out], so small that x W is about as large as y."""
+    shape = case.d_in, sum(case.part_widths)
+    values = seeded(case.id).standard_normal(shape, np.float32) * case.d_in**-0.5
+    return values.astype(NUMPY_DTYPE[case.dtype])
 
 
 def check_shrink(case: LoRACase, implementation, interpret=False) -> None:
@@ -217,6 +251,15 @@ def check_shrink_expand(case: LoRACase, implementation, interpret=False) -> None
     h = run(shrink_call(case, inputs, implementation, interpret))
     out = np.asarray(run(expand_call(case, inputs, h, implementation, interpret)))
     _check_expanded(case, inputs, out, shrink_oracle(case, inputs))
+
+
+def check_matmul(case: LoRACase, implementation, interpret=False) -> None:
+    inputs = draw_lora(case)
+    out = np.asarray(run(matmul_call(case, inputs, implementation, interpret)))
+    y = inputs.x.astype(np.float64) @ base_weight(case).astype(np.float64)
+    h = np.nan_to_num(inputs.h.astype(np.float64).sum(axis=0))
+    assert out.dtype == inputs.y.dtype
+    assert_close(out, expand_oracle(case, inputs._replace(y=y), h), case.dtype)
 
 
 def embedding_call(case: LoRACase, inputs: LoRAInputs) -> Call:
@@ -290,6 +333,11 @@ LORA_CASES = [
         LoRACase(f"experts-{rows}", rows, _EXPERT_RANKS, 72, (40, 40), order="experts", without=0.1)
         for rows in (40, 512)
     ),
+    LoRACase("one-tile", 64, (16,) * 12, 136, (96, 24), order="sorted"),
+    LoRACase("one-tile-gaps", 24, (40, 16, 0, 8), 576, _QKV, order="grouped", without=0.3),
+    LoRACase("one-tile-f32", 30, (16, 24), 300, (1000,), "float32", "grouped", splits=3),
+    LoRACase("three-tiles", 150, (16, 8, 0, 40), 72, (72, 100), order="grouped", without=0.2),
+    LoRACase("large-tiles", 1030, (16, 8, 24), 72, (72, 40), order="grouped", without=0.1),
     LoRACase("block8", 10, (4, 8, 20), 72, (72,), block_rank=8),
     LoRACase("block32", 10, (4, 32, 80), 72, (72,), block_rank=32),
     LoRACase("decode32-4k", 32, (16,) * 32, 4096, (4096, 1024, 1024), order="distinct", big=True),

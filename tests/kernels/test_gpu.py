@@ -22,7 +22,7 @@ LORA_SUBSET = _subset(
     cases.LORA_CASES,
     *("none", "17-tokens", "rank100", "mixed-shuffled-float16", "half-without", "distinct-qkv"),
     *("layer-traced-qkv", "parts-uneven", "only-absent", "many-slots", "block8", "block32"),
-    "experts-40",
+    *("experts-40", "one-tile", "one-tile-gaps", "one-tile-f32", "three-tiles", "large-tiles"),
 )
 ATTENTION_SUBSET = _subset(
     cases.ATTENTION_CASES,
@@ -33,9 +33,28 @@ WRITE_SUBSET = _subset(cases.WRITE_CASES, "scattered-bfloat16", "cast", "one-ski
 
 
 @pytest.mark.parametrize("case", LORA_SUBSET, ids=by_id)
-@pytest.mark.parametrize("check", [cases.check_shrink, cases.check_expand])
+@pytest.mark.parametrize("check", [cases.check_shrink, cases.check_expand, cases.check_matmul])
 def test_lora_interpreted(case, check):
     check(case, "gpu", interpret=True)
+
+
+def check_infinite_values_stay(interpret):
+    """What an adapter holds that is not finite spoils its own tokens only."""
+    case = cases.LoRACase("infinite", 20, (16, 16, 16), order="grouped", without=0.2)
+    inputs = cases.draw_lora(case)
+    spoilt = int(inputs.slots["blocks"][1, 0])
+    inputs.b[:, spoilt, 3, 5], inputs.b[:, spoilt, 4, 70] = np.inf, np.nan
+    calls = [
+        cases.expand_call(case, inputs, inputs.h, "gpu", interpret),
+        cases.matmul_call(case, inputs, "gpu", interpret),
+    ]
+    for out in map(cases.run, calls):
+        finite = np.isfinite(np.asarray(out)).all(axis=1)
+        np.testing.assert_array_equal(finite, inputs.token_slots != 1)
+
+
+def test_infinite_values_stay_interpreted():
+    check_infinite_values_stay(interpret=True)
 
 
 @pytest.mark.parametrize("case", ATTENTION_SUBSET, ids=by_id)
@@ -62,6 +81,10 @@ def _expand(case) -> cases.Call:
     return cases.expand_call(case, inputs, inputs.h, "gpu")
 
 
+def _matmul(case) -> cases.Call:
+    return cases.matmul_call(case, cases.draw_lora(case), "gpu")
+
+
 def _attention(case) -> cases.Call:
     return cases.attention_call(case, cases.draw_attention(case), "gpu")
 
@@ -77,6 +100,7 @@ def _grouped(case) -> cases.Call:
 EVERY_CALL = [
     *(pytest.param(_shrink, case, id=f"shrink-{case.id}") for case in cases.LORA_CASES),
     *(pytest.param(_expand, case, id=f"expand-{case.id}") for case in cases.LORA_CASES),
+    *(pytest.param(_matmul, case, id=f"matmul-{case.id}") for case in cases.LORA_CASES),
     *(pytest.param(_attention, case, id=f"attention-{case.id}") for case in cases.ATTENTION_CASES),
     *(pytest.param(_write, case, id=f"write-{case.id}") for case in cases.WRITE_CASES),
     *(pytest.param(_grouped, case, id=f"grouped-{case.id}") for case in cases.GROUPED_CASES),
@@ -107,10 +131,16 @@ def test_block_rank_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", cases.LORA_CASES, ids=by_id)
 @pytest.mark.parametrize(
-    "check", [cases.check_shrink, cases.check_expand, cases.check_shrink_expand]
+    "check",
+    [cases.check_shrink, cases.check_expand, cases.check_shrink_expand, cases.check_matmul],
 )
 def test_lora_compiled(case, check):
     check(case, "gpu")
+
+
+@pytest.mark.gpu
+def test_infinite_values_stay():
+    check_infinite_values_stay(interpret=False)
 
 
 @pytest.mark.gpu
@@ -139,6 +169,7 @@ def test_same_bits_twice():
         h, again = (np.asarray(cases.run(_shrink(case)))[:, used] for _ in range(2))
         cases.assert_same_bits(h, again)
         cases.assert_same_bits(cases.run(_expand(case)), cases.run(_expand(case)))
+        cases.assert_same_bits(cases.run(_matmul(case)), cases.run(_matmul(case)))
     for case in cases.ATTENTION_CASES:
         cases.assert_same_bits(cases.run(_attention(case)), cases.run(_attention(case)))
     for case in cases.GROUPED_CASES:
