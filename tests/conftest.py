@@ -27,7 +27,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if PLATFORM == "cpu":
     # Most of the tests' time is LLVM's, and code it did not polish computes the same.
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 if PLATFORM == "cuda":
     # jax runs before the first engine is made, so the engine cannot choose its memory any more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")

@@ -115,8 +115,8 @@ def every_kind(model, adapters, **options):
 LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope", "phi3-longrope")
 
 
-# The others of a family differ from these in the rotation or the window only.
-ALIKE = ("llama2", "llama3.1", "llama-linear", "llama-yarn", "qwen2-window")
+# They differ from other families in the rotation, the window or the biases only.
+ALIKE = ("llama2", "llama3.1", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen2-window")
 # Tested with low-rank adapters alone in the quick list too: their engine reserves nothing.
 PLAIN_ONLY = (*ALIKE, "llama3", "gemma2", "mixtral")
 

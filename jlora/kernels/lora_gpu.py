@@ -327,14 +327,15 @@ def _expand_kernel(
         columns = start + jnp.arange(config.block_n, dtype=jnp.int32)
         zeros = jnp.zeros((tile, config.block_n), jnp.float32)
         in_part = _in_part(columns, end, part_widths)
-        delta = _add_delta(
-            zeros, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once
-        )
         at = (rows[:, None], columns[None, :])
         adapted = _load(token_slots_ref, rows, mask=rows < tokens) >= 0
         mask = _mask(rows, columns, (rows < tokens) & adapted, in_part)
-        y = _load(y_ref, *at, mask=mask).astype(jnp.float32)
-        plgpu.store(out_ref.at[at], (y + delta).astype(out_ref.dtype), mask=mask)
+        y = _load(y_ref, *at, mask=mask)  # on its way while the delta is computed
+        delta = _add_delta(
+            zeros, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once
+        )
+        y = y.astype(jnp.float32) + delta
+        plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), mask=mask)
 
 
 def lora_expand_gpu(
