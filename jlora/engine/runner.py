@@ -125,7 +125,12 @@ class ModelRunner:
         pool: AdapterPool | None,
     ) -> None:
         """Allocates the KV cache and the rows of the sequences."""
-        self.graph, self.params, self._param_specs = model.graph, model.params, model.specs
+        # A plain list: flattening an nnx.State of 200 weights takes a millisecond at every call.
+        self.params, self._params_tree = jax.tree.flatten(model.params)
+        self._param_specs = jax.tree.leaves(
+            model.specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
+        self.graph = model.graph
         self.model_config, self.config, self.mesh, self.pool = model_config, config, mesh, pool
         self._replicated = NamedSharding(mesh, PartitionSpec())
         shards = mesh.shape[AXIS]
@@ -145,11 +150,14 @@ class ModelRunner:
         self, params: Any, pool: Any, kv: Array, state: SeqState, batch: Array, *, tokens: int
     ) -> tuple[Array, Array, Array]:
         """-> kv, hidden [seqs, hidden] of each sequence's last token, hidden of every token."""
-        config, model = self.config, nnx.merge(self.graph, params)
+        config, model = self.config, self._model(params)
         view = token_view(state, batch, tokens, config.page_size)
         hidden, kv = model(view.tokens, kv, self._context(view, batch, pool))
         last = jnp.maximum(view.cu_q_lens[1:] - 1, 0)
         return kv, hidden[last], hidden
+
+    def _model(self, params: list[Array]) -> Any:
+        return nnx.merge(self.graph, jax.tree.unflatten(self._params_tree, params))
 
     def _adapters(self, pool: AdapterState | None, slots: Array) -> TokenAdapters | None:
         if pool is None:
@@ -189,7 +197,7 @@ class ModelRunner:
         pool: None when no adapter of the step changes the output matrix.
         """
         adapters = self._adapters(pool, last_slots(batch))
-        logits = nnx.merge(self.graph, params).logits(hidden, adapters)
+        logits = self._model(params).logits(hidden, adapters)
         tokens, logprobs = sample(logits, state, batch, variant, self.config.max_logprobs)
         rows = jnp.where(batch[:, SAMPLE] > 0, batch[:, ROW], self.config.max_num_seqs)
         history = state.tokens.at[rows, batch[:, KV_LEN]].set(tokens, mode="drop")
@@ -200,7 +208,7 @@ class ModelRunner:
         self, params: Any, pool: AdapterState | None, hidden: Array, state: SeqState, batch: Array
     ) -> TokenLogprobs:
         """The log-probability of what follows each token of the step."""
-        model, tokens = nnx.merge(self.graph, params), hidden.shape[0]
+        model, tokens = self._model(params), hidden.shape[0]
         view = token_view(state, batch, tokens, self.config.page_size)
         chunk = min(LOGPROB_CHUNK, tokens)
         padding = -tokens % chunk

@@ -61,8 +61,9 @@ class ExpandConfig:
     @staticmethod
     def choose(tokens: int, part_widths: tuple[int, ...], itemsize: int) -> ExpandConfig:
         """Many tokens: a tile has few pairs, since they are those of few sequences."""
-        block_n = min(256 // itemsize, pl.next_power_of_2(max(*part_widths, 16)))
-        return ExpandConfig(block_n, 1, 8) if tokens >= 1024 else ExpandConfig(block_n, 4)
+        block_n = (512 if tokens >= 1024 else 256) // itemsize
+        block_n = min(block_n, pl.next_power_of_2(max(*part_widths, 16)))
+        return ExpandConfig(block_n, 1 if tokens >= 1024 else 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _check_block_rank(rank: int) -> None:
 
 def token_tile(tokens: int) -> int:
     """Tokens a tile. Decode steps of up to 64 tokens are one tile, which `lora_matmul` needs."""
-    return 128 if tokens >= 1024 else min(64, pl.next_power_of_2(max(tokens, 16)))
+    return min(64, pl.next_power_of_2(max(tokens, 16)))
 
 
 def dot(a, b, contract: tuple[int, int]):
