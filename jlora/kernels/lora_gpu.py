@@ -3,9 +3,9 @@
 Tokens are cut into tiles, and a tile's pairs are the slots that occur in it. Shrink has a program
 for each pair and piece of d_in (`splits` pieces, so that a decode step fills the GPU); their sum is
 left to what reads h. Expand has a program for each tile and piece of the columns, which adds the
-delta of all pairs of the tile. What is read follows the ranks in use. A decode step is one tile,
-and for it the base's own matmul is the same kernel: B adds some rows to W, and the ranks of h are
-as many more columns of x. No program writes what another one writes, so there are no atomics and
+delta of all pairs of the tile. What is read follows the ranks in use. A decode step is one tile
+or two, and for it the base's own matmul is the same kernel: B adds some rows to W, and the ranks of
+h are as many more columns of x. No program writes what another one writes, so there are no atomics and
 the same bits on every run.
 """
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jlora.kernels.lora import LoRARouting, SlotTable, dot_precision
 
 BLOCK_RANKS = (8, 16, 32, 64)
+ONE_KERNEL_TOKENS = 256  # steps of up to so many are one kernel with the base's matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,11 @@ class MatmulConfig:
             block_n, splits, num_stages = 128, 1, 3
             block_k = (256 if tile <= 16 else 128) // itemsize
         else:
-            block_n, splits, num_stages, block_k = 64, 2, 4, 256 // itemsize
+            block_n, splits, num_stages = 64, 2, 4
+            block_k = (256 if tile <= 64 else 128) // itemsize
         block_k = min(block_k, pl.next_power_of_2(max(d_in, 16)))
         splits = min(splits, pl.cdiv(d_in, block_k))
-        num_warps = 8 if tile >= 64 and block_n >= 128 else 4
+        num_warps = 8 if tile * block_n >= 64 * 128 else 4
         return MatmulConfig(min(block_n, widest), block_k, splits, 4, num_warps, num_stages)
 
 
@@ -100,7 +102,9 @@ def _check_block_rank(rank: int) -> None:
 
 
 def token_tile(tokens: int) -> int:
-    """Tokens a tile. Decode steps of up to 64 tokens are one tile, which `lora_matmul` needs."""
+    """Tokens a tile."""
+    if 64 < tokens <= ONE_KERNEL_TOKENS:
+        return 128
     return min(64, pl.next_power_of_2(max(tokens, 16)))
 
 
@@ -390,7 +394,7 @@ def _matmul_kernel(
     layer_ref,  # [1]
     token_slots_ref,  # [tokens]
     pair_slot_ref,  # [pairs]
-    num_pairs_ref,  # [1]
+    tile_start_ref,  # [tiles + 1]
     blocks_ref,  # [slots, max_blocks]
     counts_ref,  # [slots]
     scales_ref,  # [slots, max_blocks]
@@ -400,12 +404,14 @@ def _matmul_kernel(
     tile: int,
     config: MatmulConfig,
 ):
-    column_tile, split = pl.program_id(0), pl.program_id(1)
+    # The tiles of the same columns run beside each other, so that W is fetched once.
+    tile_index, column_tile, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     (tokens, d_in), block_k, block_n = x_ref.shape, config.block_k, config.block_n
     part, start, end = _column_tile(column_tile, part_widths, block_n)
-    rows, columns = jnp.arange(tile, dtype=jnp.int32), start + jnp.arange(block_n, dtype=jnp.int32)
+    rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
+    columns = start + jnp.arange(block_n, dtype=jnp.int32)
     steps = pl.cdiv(pl.cdiv(d_in, block_k), config.splits)
-    in_tokens = rows < tokens if tokens < tile else None
+    in_tokens = rows < tokens if tokens % tile else None
     in_part = _in_part(columns, end, part_widths)
 
     def one_step(step, acc):
@@ -417,7 +423,8 @@ def _matmul_kernel(
 
     acc = lax.fori_loop(0, steps, one_step, jnp.zeros((tile, block_n), jnp.float32))
     routes = (layer_ref, token_slots_ref, pair_slot_ref, blocks_ref, counts_ref, scales_ref)
-    pairs = jnp.int32(0), jnp.where(split == 0, num_pairs_ref[0], 0)
+    first_pair = tile_start_ref[tile_index]
+    pairs = first_pair, jnp.where(split == 0, tile_start_ref[tile_index + 1], first_pair)
     acc = _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once)
     plgpu.store(
         out_ref.at[split, rows[:, None], columns[None, :]],
@@ -438,9 +445,9 @@ def lora_matmul_gpu(
     *,
     interpret: bool = False,
 ) -> Float[Array, "tokens d_out"]:
-    """See `jlora.kernels.lora_matmul`. One kernel for a single tile, else cuBLAS and expand."""
-    tokens, (d_in, d_out) = x.shape[0], w.shape
-    if routing.tile_start.shape[0] != 2 or w.dtype != x.dtype:
+    """See `jlora.kernels.lora_matmul`. One kernel for one or two tiles, else cuBLAS and expand."""
+    tokens, (d_in, d_out), tiles = x.shape[0], w.shape, routing.tile_start.shape[0] - 1
+    if tiles > 2 or w.dtype != x.dtype:
         y = jnp.dot(x, w, precision=dot_precision(x.dtype))
         return lora_expand_gpu(y, h, b, layer, routing, slots, part_widths, interpret=interpret)
     _check_block_rank(b.shape[2])
@@ -450,7 +457,7 @@ def lora_matmul_gpu(
             _matmul_kernel, part_widths=part_widths, tile=routing.tile, config=config
         ),
         name="lora_matmul",
-        grid=(_num_column_tiles(part_widths, config.block_n), config.splits),
+        grid=(tiles, _num_column_tiles(part_widths, config.block_n), config.splits),
         out_shape=jax.ShapeDtypeStruct(
             (config.splits, tokens, d_out), x.dtype if config.splits == 1 else jnp.float32
         ),
@@ -466,7 +473,7 @@ def lora_matmul_gpu(
         jnp.asarray(layer, jnp.int32)[None],
         routing.token_slots,
         routing.pair_slot,
-        routing.num_pairs,
+        routing.tile_start,
         slots.blocks,
         slots.counts,
         slots.scales,

@@ -22,7 +22,7 @@ LORA_SUBSET = _subset(
     cases.LORA_CASES,
     *("none", "17-tokens", "rank100", "mixed-shuffled-float16", "half-without", "distinct-qkv"),
     *("layer-traced-qkv", "parts-uneven", "only-absent", "many-slots", "block8", "block32"),
-    *("experts-40", "one-tile", "one-tile-gaps", "one-tile-f32", "three-tiles", "large-tiles"),
+    *("experts-40", "one-tile", "one-tile-gaps", "one-tile-f32", "two-tiles", "five-tiles"),
 )
 ATTENTION_SUBSET = _subset(
     cases.ATTENTION_CASES,
