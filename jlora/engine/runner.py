@@ -307,12 +307,22 @@ class ModelRunner:
         if self.pool is not None:
             self.pool.compile()
         with ThreadPoolExecutor(max(os.cpu_count() or 1, 4)) as executor:
-            compiled: Iterable = executor.map(self._compile, keys)
+            compiled: Iterable = executor.map(self._compile_beside_others, keys)
             bar = tqdm(
                 compiled, desc="compiling", total=len(keys), disable=not progress, leave=False
             )
-            self._compiled.update(zip(keys, bar, strict=True))
+            found = dict(zip(keys, bar, strict=True))
+        self._compiled.update({key: one or self._compile(key) for key, one in found.items()})
         logger.info("compiled %d executables in %.1f s", len(keys), time.perf_counter() - start)
+
+    def _compile_beside_others(self, key: tuple) -> jax.stages.Compiled | None:
+        """None when the device had no memory left to try out matmuls for all at the same time."""
+        try:
+            return self._compile(key)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
 
     def compiled(self, *key: Any) -> jax.stages.Compiled:
         """The executable for a key of `executables`, compiled now when warm-up was skipped."""

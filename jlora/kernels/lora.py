@@ -48,7 +48,7 @@ class SlotTable:
 @typing.no_type_check
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_slots", "pair_tile", "pair_slot", "num_pairs", "tile_start"],
+    data_fields=["token_slots", "pair_tile", "pair_slot", "num_pairs"],
     meta_fields=["tile"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,13 @@ class LoRARouting:
 
     Tokens are cut into tiles of `tile` consecutive ones. A pair is one tile and one slot that
     occurs in it; kernels walk the `num_pairs` pairs (ordered by tile) and mask the other tokens
-    of the tile. The pairs of tile i are `tile_start[i] : tile_start[i + 1]`.
+    of the tile.
     """
 
     token_slots: Int[Array, " tokens"]
     pair_tile: Int[Array, " pairs"]
     pair_slot: Int[Array, " pairs"]
     num_pairs: Int[Array, "1"]
-    tile_start: Int[Array, " tiles_1"]
     tile: int
 
 
@@ -90,14 +89,12 @@ def lora_routing(
     index = jnp.cumsum(first, dtype=jnp.int32) - 1
     at = jnp.where(first, index, pairs)  # out of range: dropped
     empty = jnp.zeros(pairs, jnp.int32)
-    tile_ends = jnp.cumsum(jnp.sum(first.reshape(-1, tile), axis=1), dtype=jnp.int32)
     tile_of_token = jnp.arange(padded.shape[0], dtype=jnp.int32) // tile
     return LoRARouting(
         token_slots=token_slots,
         pair_tile=empty.at[at].set(tile_of_token, mode="drop"),
         pair_slot=empty.at[at].set(padded, mode="drop"),
         num_pairs=jnp.sum(first, dtype=jnp.int32)[None],
-        tile_start=jnp.concatenate([jnp.zeros(1, jnp.int32), tile_ends]),
         tile=tile,
     )
 

@@ -2,11 +2,11 @@
 
 Tokens are cut into tiles, and a tile's pairs are the slots that occur in it. Shrink has a program
 for each pair and piece of d_in (`splits` pieces, so that a decode step fills the GPU); their sum is
-left to what reads h. Expand has a program for each tile and piece of the columns, which adds the
-delta of all pairs of the tile. What is read follows the ranks in use. A decode step is one tile
-or two, and for it the base's own matmul is the same kernel: B adds some rows to W, and the ranks of
-h are as many more columns of x. No program writes what another one writes, so there are no atomics and
-the same bits on every run.
+left to what reads h. Expand has one for each pair, 16 of its tokens and piece of the columns. What
+is read follows the ranks in use. A decode step with few slots is one tile, and for it the base's
+own matmul is the same kernel: B adds some rows to W, and the ranks of h are as many more columns of
+x. No program writes what another one writes, so there are no atomics and the same bits on every
+run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from jaxtyping import Array, Float, Int
 from jlora.kernels.lora import LoRARouting, SlotTable, dot_precision
 
 BLOCK_RANKS = (8, 16, 32, 64)
-ONE_KERNEL_TOKENS = 256  # steps of up to so many are one kernel with the base's matmul
+EXPAND_TOKENS = 16  # of a program; the fewest rows that a Triton dot takes
+# Steps of up to so many tokens, which can have so many pairs, are one kernel with the base's
+# matmul. With more pairs it is slower than two: see docs/benchmarks.md.
+ONE_KERNEL_TOKENS, ONE_KERNEL_PAIRS = 64, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +55,17 @@ class ShrinkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpandConfig:
-    """block_n: columns of y of one program; at_once: pairs of a dot."""
+    """block_n: columns of y of one program."""
 
     block_n: int
-    at_once: int
     num_warps: int = 4
     num_stages: int = 2
 
     @staticmethod
-    def choose(tokens: int, part_widths: tuple[int, ...], itemsize: int) -> ExpandConfig:
-        """Many tokens: a tile has few pairs, since they are those of few sequences."""
-        block_n = (512 if tokens >= 1024 else 256) // itemsize
-        block_n = min(block_n, pl.next_power_of_2(max(*part_widths, 16)))
-        return ExpandConfig(block_n, 1 if tokens >= 1024 else 4)
+    def choose(tokens: int, part_widths: tuple[int, ...]) -> ExpandConfig:
+        """Narrow tiles while there are few tokens, so that there are enough programs."""
+        block_n = 128 if tokens <= 8 else 256
+        return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,10 @@ class MatmulConfig:
             block_n, splits, num_stages = 128, 1, 3
             block_k = (256 if tile <= 16 else 128) // itemsize
         else:
-            block_n, splits, num_stages = 64, 2, 4
-            block_k = (256 if tile <= 64 else 128) // itemsize
+            block_n, splits, num_stages, block_k = 64, 2, 4, 256 // itemsize
         block_k = min(block_k, pl.next_power_of_2(max(d_in, 16)))
         splits = min(splits, pl.cdiv(d_in, block_k))
-        num_warps = 8 if tile * block_n >= 64 * 128 else 4
+        num_warps = 8 if tile >= 64 and block_n >= 128 else 4
         return MatmulConfig(min(block_n, widest), block_k, splits, 4, num_warps, num_stages)
 
 
@@ -103,9 +103,7 @@ def _check_block_rank(rank: int) -> None:
 
 def token_tile(tokens: int) -> int:
     """Tokens a tile."""
-    if 64 < tokens <= ONE_KERNEL_TOKENS:
-        return 128
-    return min(64, pl.next_power_of_2(max(tokens, 16)))
+    return min(ONE_KERNEL_TOKENS, pl.next_power_of_2(max(tokens, 16)))
 
 
 def dot(a, b, contract: tuple[int, int]):
@@ -252,9 +250,9 @@ def _num_column_tiles(part_widths: tuple[int, ...], block_n: int) -> int:
 
 
 def _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, at_once: int):
-    """acc plus the delta of one tile's tokens in some columns of one part.
+    """acc plus the delta of all tokens, one tile, in some columns of one part.
 
-    in_part: which of the columns are, None for all. pairs: (first, past the last) of the tile.
+    in_part: which of the columns are, None for all. pairs: how many to add.
 
     The ranks of `at_once` pairs are one dot: where a token is not of a pair's slot, its h is zero
     there. That would not keep a B that is not finite from other tokens, so such values are taken
@@ -280,9 +278,9 @@ def _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, a
         wide = jnp.broadcast_to(h[:, None, :], (tile, at_once, ranks)).reshape(tile, -1)
 
         def some_pairs(i, acc):
-            pair = pairs[0] + i * at_once + lax.div(column, jnp.int32(ranks))
-            slot = _load(pair_slot_ref, pair, mask=pair < pairs[1])
-            there = (pair < pairs[1]) & (r < rank)
+            pair = i * at_once + lax.div(column, jnp.int32(ranks))
+            slot = _load(pair_slot_ref, pair, mask=pair < pairs)
+            there = (pair < pairs) & (r < rank)
             there &= j < _load(counts_ref, slot, mask=there)
             block = _load(blocks_ref, slot, j, mask=there)
             scale = _load(scales_ref, slot, j, mask=there)
@@ -295,11 +293,9 @@ def _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, a
             delta_h = jnp.where(mine, wide * scale[None, :] + nan_or_0[None, :], 0.0)
             return acc + dot(delta_h.astype(b.dtype), b, (1, 0))
 
-        return lax.fori_loop(
-            0, lax.div(pairs[1] - pairs[0] + at_once - 1, at_once), some_pairs, acc
-        )
+        return lax.fori_loop(0, lax.div(pairs + at_once - 1, at_once), some_pairs, acc)
 
-    num_blocks = jnp.where(pairs[0] < pairs[1], jnp.max(blocks_of_row), 0)
+    num_blocks = jnp.where(pairs > 0, jnp.max(blocks_of_row), 0)
     return lax.fori_loop(0, num_blocks, one_block, acc)
 
 
@@ -309,8 +305,9 @@ def _expand_kernel(
     b_ref,  # [layers, blocks, rank, d_out]
     layer_ref,  # [1]
     token_slots_ref,  # [tokens]
+    pair_tile_ref,  # [pairs]
     pair_slot_ref,  # [pairs]
-    tile_start_ref,  # [tiles + 1]
+    num_pairs_ref,  # [1]
     blocks_ref,  # [slots, max_blocks]
     counts_ref,  # [slots]
     scales_ref,  # [slots, max_blocks]
@@ -320,27 +317,38 @@ def _expand_kernel(
     tile: int,
     config: ExpandConfig,
 ):
-    tile_index, column_tile = pl.program_id(0), pl.program_id(1)
+    pair, some_tokens, column_tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    splits, tokens, max_blocks, _, rank = h_ref.shape
     part, start, end = _column_tile(column_tile, part_widths, config.block_n)
-    pairs = tile_start_ref[tile_index], tile_start_ref[tile_index + 1]
-    routes = (layer_ref, token_slots_ref, pair_slot_ref, blocks_ref, counts_ref, scales_ref)
 
-    @pl.when(pairs[0] < pairs[1])
+    # These loads, and each block's number a turn ahead, wait for one another as little as can be.
+    layer, slot, first = layer_ref[0], pair_slot_ref[pair], pair_tile_ref[pair] * tile
+    rows = first + some_tokens * EXPAND_TOKENS + jnp.arange(EXPAND_TOKENS, dtype=jnp.int32)
+    mine = (rows < tokens) & (pair < num_pairs_ref[0])
+    mine &= _load(token_slots_ref, rows, mask=mine) == slot
+
+    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
     def _():
-        tokens = y_ref.shape[0]
-        rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
+        r = jnp.arange(max(rank, 16), dtype=jnp.int32)
         columns = start + jnp.arange(config.block_n, dtype=jnp.int32)
-        zeros = jnp.zeros((tile, config.block_n), jnp.float32)
-        in_part = _in_part(columns, end, part_widths)
-        at = (rows[:, None], columns[None, :])
-        adapted = _load(token_slots_ref, rows, mask=rows < tokens) >= 0
-        mask = _mask(rows, columns, (rows < tokens) & adapted, in_part)
-        y = _load(y_ref, *at, mask=mask)  # on its way while the delta is computed
-        delta = _add_delta(
-            zeros, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once
-        )
-        y = y.astype(jnp.float32) + delta
-        plgpu.store(out_ref.at[at], y.astype(out_ref.dtype), mask=mask)
+        in_rank, in_part = r < rank if rank < 16 else None, _in_part(columns, end, part_widths)
+        in_h, in_b = _mask(rows, r, mine, in_rank), _mask(r, columns, in_rank, in_part)
+        at, in_y = (rows[:, None], columns[None, :]), _mask(rows, columns, mine, in_part)
+
+        def one_block(j, carry):
+            block, delta = carry
+            b = _load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
+            h = jnp.zeros((EXPAND_TOKENS, r.shape[0]), jnp.float32)
+            for split in range(splits):
+                h += _load(h_ref, split, rows[:, None], j, part, r[None, :], mask=in_h)
+            h = (h * scales_ref[slot, j]).astype(b.dtype)
+            next_block = blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
+            return next_block, delta + dot(h, b, (1, 0))
+
+        carry = blocks_ref[slot, 0], jnp.zeros((EXPAND_TOKENS, config.block_n), jnp.float32)
+        _, delta = lax.fori_loop(0, counts_ref[slot], one_block, carry)
+        y = _load(y_ref, *at, mask=in_y).astype(jnp.float32)
+        plgpu.store(out_ref.at[at], (y + delta).astype(out_ref.dtype), mask=in_y)
 
 
 def lora_expand_gpu(
@@ -356,16 +364,17 @@ def lora_expand_gpu(
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. y is updated in place where XLA lets it."""
     _check_block_rank(b.shape[2])
-    if y.shape[0] > 64:  # every piece of columns reads all of it, so it is summed before
+    tokens = y.shape[0]
+    if tokens > 256:  # every piece of columns reads all of h, so it is summed before
         h = jnp.sum(h, axis=0, keepdims=True)
-    config = ExpandConfig.choose(y.shape[0], part_widths, y.dtype.itemsize)
-    tiles = routing.tile_start.shape[0] - 1
+    config = ExpandConfig.choose(tokens, part_widths)
+    column_tiles = _num_column_tiles(part_widths, config.block_n)
     return pl.pallas_call(
         functools.partial(
             _expand_kernel, part_widths=part_widths, tile=routing.tile, config=config
         ),
         name="lora_expand",
-        grid=(tiles, _num_column_tiles(part_widths, config.block_n)),
+        grid=(routing.pair_slot.shape[0], routing.tile // EXPAND_TOKENS, column_tiles),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(
@@ -378,8 +387,9 @@ def lora_expand_gpu(
         b,
         jnp.asarray(layer, jnp.int32)[None],
         routing.token_slots,
+        routing.pair_tile,
         routing.pair_slot,
-        routing.tile_start,
+        routing.num_pairs,
         slots.blocks,
         slots.counts,
         slots.scales,
@@ -394,7 +404,7 @@ def _matmul_kernel(
     layer_ref,  # [1]
     token_slots_ref,  # [tokens]
     pair_slot_ref,  # [pairs]
-    tile_start_ref,  # [tiles + 1]
+    num_pairs_ref,  # [1]
     blocks_ref,  # [slots, max_blocks]
     counts_ref,  # [slots]
     scales_ref,  # [slots, max_blocks]
@@ -404,14 +414,12 @@ def _matmul_kernel(
     tile: int,
     config: MatmulConfig,
 ):
-    # The tiles of the same columns run beside each other, so that W is fetched once.
-    tile_index, column_tile, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    column_tile, split = pl.program_id(0), pl.program_id(1)
     (tokens, d_in), block_k, block_n = x_ref.shape, config.block_k, config.block_n
     part, start, end = _column_tile(column_tile, part_widths, block_n)
-    rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
-    columns = start + jnp.arange(block_n, dtype=jnp.int32)
+    rows, columns = jnp.arange(tile, dtype=jnp.int32), start + jnp.arange(block_n, dtype=jnp.int32)
     steps = pl.cdiv(pl.cdiv(d_in, block_k), config.splits)
-    in_tokens = rows < tokens if tokens % tile else None
+    in_tokens = rows < tokens if tokens < tile else None
     in_part = _in_part(columns, end, part_widths)
 
     def one_step(step, acc):
@@ -423,8 +431,7 @@ def _matmul_kernel(
 
     acc = lax.fori_loop(0, steps, one_step, jnp.zeros((tile, block_n), jnp.float32))
     routes = (layer_ref, token_slots_ref, pair_slot_ref, blocks_ref, counts_ref, scales_ref)
-    first_pair = tile_start_ref[tile_index]
-    pairs = first_pair, jnp.where(split == 0, tile_start_ref[tile_index + 1], first_pair)
+    pairs = jnp.where(split == 0, num_pairs_ref[0], 0)
     acc = _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, config.at_once)
     plgpu.store(
         out_ref.at[split, rows[:, None], columns[None, :]],
@@ -445,9 +452,9 @@ def lora_matmul_gpu(
     *,
     interpret: bool = False,
 ) -> Float[Array, "tokens d_out"]:
-    """See `jlora.kernels.lora_matmul`. One kernel for one or two tiles, else cuBLAS and expand."""
-    tokens, (d_in, d_out), tiles = x.shape[0], w.shape, routing.tile_start.shape[0] - 1
-    if tiles > 2 or w.dtype != x.dtype:
+    """See `jlora.kernels.lora_matmul`. One kernel for one tile of few pairs, else two."""
+    tokens, (d_in, d_out), pairs = x.shape[0], w.shape, routing.pair_slot.shape[0]
+    if tokens > routing.tile or pairs > ONE_KERNEL_PAIRS or w.dtype != x.dtype:
         y = jnp.dot(x, w, precision=dot_precision(x.dtype))
         return lora_expand_gpu(y, h, b, layer, routing, slots, part_widths, interpret=interpret)
     _check_block_rank(b.shape[2])
@@ -457,7 +464,7 @@ def lora_matmul_gpu(
             _matmul_kernel, part_widths=part_widths, tile=routing.tile, config=config
         ),
         name="lora_matmul",
-        grid=(tiles, _num_column_tiles(part_widths, config.block_n), config.splits),
+        grid=(_num_column_tiles(part_widths, config.block_n), config.splits),
         out_shape=jax.ShapeDtypeStruct(
             (config.splits, tokens, d_out), x.dtype if config.splits == 1 else jnp.float32
         ),
@@ -473,7 +480,7 @@ def lora_matmul_gpu(
         jnp.asarray(layer, jnp.int32)[None],
         routing.token_slots,
         routing.pair_slot,
-        routing.tile_start,
+        routing.num_pairs,
         slots.blocks,
         slots.counts,
         slots.scales,

@@ -13,6 +13,7 @@ import pytest
 
 from jlora import LoRARequest, SamplingParams
 from jlora.engine.adapter_pool import STAGING_DTYPES
+from jlora.engine.runner import ModelRunner
 from tests.engine.tools import make_adapters, make_text_model, small_llm
 from tests.reference import INVOCATION, make_adapter, make_model, special_kinds
 
@@ -231,3 +232,26 @@ def test_a_block_is_written_in_place(roomy, dtype):
         block = sum(device_bytes(array) // array.shape[1] for array in (arrays.a, arrays.b))
         assert memory.temp_size_in_bytes <= 3 * block  # in float32, transposed, cast
         assert 3 * block < min(map(device_bytes, (arrays.a, arrays.b)))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, monkeypatch):
+    """Trying out matmuls takes device memory, and several functions are compiled at a time."""
+    runner = ModelRunner.__new__(ModelRunner)
+    runner.pool, runner._compiled, calls = None, {}, []
+
+    def compile_one(key):
+        calls.append(key)
+        if key == ("b",) and (again or calls.count(key) == 1):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return f"compiled {key}"
+
+    monkeypatch.setattr(runner, "executables", lambda: [("a",), ("b",), ("c",)])
+    monkeypatch.setattr(runner, "_compile", compile_one)
+    if again:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            runner.warm_up(progress=False)
+        return
+    runner.warm_up(progress=False)
+    assert runner._compiled == {key: f"compiled {key}" for key in [("a",), ("b",), ("c",)]}
+    assert calls.count(("b",)) == 2
