@@ -295,7 +295,12 @@ def test_tensors_are_counted(plain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama-bias", "qwen3-moe", pytest.param("gemma3", marks=pytest.mark.slow)]
+    "family",
+    [
+        "llama-bias",  # of experts, test_compilation runs every kind on two devices
+        pytest.param("qwen3-moe", marks=pytest.mark.slow),
+        pytest.param("gemma3", marks=pytest.mark.slow),
+    ],
 )
 def test_every_kind_on_two_devices(family, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))

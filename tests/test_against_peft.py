@@ -118,7 +118,7 @@ LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope", "phi3-longrope")
 # They differ from other families in the rotation, the window or the biases only.
 ALIKE = ("llama2", "llama3.1", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen2-window")
 # Tested with low-rank adapters alone in the quick list too: their engine reserves nothing.
-PLAIN_ONLY = (*ALIKE, "llama3", "gemma2", "mixtral")
+PLAIN_ONLY = (*ALIKE, "granite", "llama3", "olmoe")
 
 
 def slow_if(slow, family):
@@ -139,7 +139,13 @@ def requests_of(adapters):
 
 
 @pytest.mark.parametrize(
-    "family", [slow_if(name in ALIKE, name) for name in FAMILIES if name not in LENGTH_DEPENDENT]
+    "family",
+    [
+        # Granite is Llama with multipliers, and OLMoE has the experts of Qwen3-MoE.
+        slow_if(name in (*ALIKE, "granite", "olmoe"), name)
+        for name in FAMILIES
+        if name not in LENGTH_DEPENDENT
+    ],
 )
 def test_every_kind_of_adapter_gives_pefts_tokens(family, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))

@@ -54,10 +54,10 @@ def answers():
     return found
 
 
-@pytest.mark.parametrize("task", [BASE_TASK, *ADAPTER_TASKS], ids=lambda task: task.name)
-def test_solves_its_task(task, answers):
-    wrong = [(text, got) for text, got in answers[task.name] if got != task.answer(text)]
-    assert len(wrong) <= 0.05 * EACH, wrong[:5]
+def test_every_task_is_solved(answers):
+    for task in (BASE_TASK, *ADAPTER_TASKS):
+        wrong = [(text, got) for text, got in answers[task.name] if got != task.answer(text)]
+        assert len(wrong) <= 0.05 * EACH, (task.name, wrong[:5])
 
 
 def test_adapters_are_of_different_ranks_and_kinds():

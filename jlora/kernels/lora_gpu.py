@@ -80,7 +80,7 @@ class MatmulConfig:
     num_stages: int
 
     @staticmethod
-    def choose(tile: int, d_in: int, part_widths: tuple[int, ...], itemsize: int) -> MatmulConfig:
+    def choose(tile, d_in, part_widths: tuple[int, ...], rank, itemsize) -> MatmulConfig:
         """What was best on an H100 for the four matmuls of an 8B: see docs/benchmarks.md."""
         widest = pl.next_power_of_2(max(*part_widths, 16))
         if sum(part_widths) >= 200 * 128:
@@ -91,7 +91,8 @@ class MatmulConfig:
         block_k = min(block_k, pl.next_power_of_2(max(d_in, 16)))
         splits = min(splits, pl.cdiv(d_in, block_k))
         num_warps = 8 if tile >= 64 and block_n >= 128 else 4
-        return MatmulConfig(min(block_n, widest), block_k, splits, 4, num_warps, num_stages)
+        at_once = 64 // max(rank, 16)
+        return MatmulConfig(min(block_n, widest), block_k, splits, at_once, num_warps, num_stages)
 
 
 def _check_block_rank(rank: int) -> None:
@@ -458,7 +459,7 @@ def lora_matmul_gpu(
         y = jnp.dot(x, w, precision=dot_precision(x.dtype))
         return lora_expand_gpu(y, h, b, layer, routing, slots, part_widths, interpret=interpret)
     _check_block_rank(b.shape[2])
-    config = MatmulConfig.choose(routing.tile, d_in, part_widths, x.dtype.itemsize)
+    config = MatmulConfig.choose(routing.tile, d_in, part_widths, b.shape[2], x.dtype.itemsize)
     out = pl.pallas_call(
         functools.partial(
             _matmul_kernel, part_widths=part_widths, tile=routing.tile, config=config

@@ -111,7 +111,10 @@ def test_serving_compiles_nothing(warm, folder):
     assert events == []
 
 
-@pytest.mark.parametrize(("family", "devices"), [("llama-bias", 1), ("qwen3-moe", 2)])
+@pytest.mark.parametrize(
+    ("family", "devices"),
+    [pytest.param("llama-bias", 1, marks=pytest.mark.slow), ("qwen3-moe", 2)],
+)
 def test_every_kind_of_adapter_compiles_nothing(family, devices, tmp_path):
     """All features are reserved; adapters of all kinds, and mixtures, evict each other."""
     make_model(family, tmp_path / "model")
