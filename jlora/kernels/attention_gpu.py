@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jlora.kernels.attention import MASKED, query_tiles
-from jlora.kernels.lora_gpu import dot
+from jlora.kernels.lora_gpu import dot, load
 
 LOG2_E = math.log2(math.e)
 
@@ -80,9 +80,6 @@ def _attend(
         position = begin + i * block_k + jnp.arange(config.block_k, dtype=jnp.int32)
         inside = position < stop
 
-        def load(ref, *at, mask):
-            return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
-
         page_at = lax.div(position, jnp.int32(page_size))
         page = load(page_indices_ref, seq, page_at, mask=inside if masked else None)
         offset = lax.rem(position, jnp.int32(page_size))
@@ -114,17 +111,16 @@ def _attend(
     first_seen, last_seen = seen
     whole_stop = jnp.maximum(jnp.minimum(stop, last_seen + 1) - begin, 0)
     last_whole = lax.div(whole_stop, block_k)  # past the last block that needs no mask
-    first_whole = jnp.minimum(
-        lax.div(jnp.maximum(first_seen - begin, 0) + block_k - 1, block_k), last_whole
-    )
     masked = functools.partial(one_block, masked=True)
+    unmasked = functools.partial(one_block, masked=False)
     zeros = jnp.zeros((rows,), jnp.float32)
     carry = (jnp.zeros((rows, dim_pad), jnp.float32), zeros + MASKED, zeros)
+    first_whole = jnp.int32(0)
     if options.sliding_window is not None:
+        first_whole = lax.div(jnp.maximum(first_seen - begin, 0) + block_k - 1, block_k)
+        first_whole = jnp.minimum(first_whole, last_whole)
         carry = lax.fori_loop(0, first_whole, masked, carry)
-    carry = lax.fori_loop(
-        first_whole, last_whole, functools.partial(one_block, masked=False), carry
-    )
+    carry = lax.fori_loop(first_whole, last_whole, unmasked, carry)
     return lax.fori_loop(last_whole, blocks, masked, carry)
 
 

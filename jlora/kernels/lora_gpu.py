@@ -129,7 +129,8 @@ def _mask(rows, columns, of_rows=None, of_columns=None):
     return functools.reduce(jnp.logical_and, masks)
 
 
-def _load(ref, *at, mask=None):
+def load(ref, *at, mask=None):
+    """ref[at]; 0 where a mask says no."""
     return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
 
 
@@ -172,14 +173,14 @@ def _shrink_kernel(
                 k = first + step * block_k + jnp.arange(block_k, dtype=jnp.int32)
                 in_k = k < d_in if d_in % (block_k * config.splits) else None
                 in_x, in_a = _mask(rows, k, in_tokens, in_k), _mask(column, k, real, in_k)
-                x = _load(x_ref, rows[:, None], k[None, :], mask=in_x)
-                a = _load(a_ref, layer, block, part[:, None], r[:, None], k[None, :], mask=in_a)
+                x = load(x_ref, rows[:, None], k[None, :], mask=in_x)
+                a = load(a_ref, layer, block, part[:, None], r[:, None], k[None, :], mask=in_a)
                 return h + dot(x, a.astype(x.dtype), (1, 1))
 
             h = jnp.zeros((tile, column.shape[0]), jnp.float32)
             h = lax.fori_loop(0, steps, one_step, h)
             # Other slots' tokens of the tile have been computed too, and are not stored.
-            mine = _load(token_slots_ref, rows, mask=rows < tokens) == slot
+            mine = load(token_slots_ref, rows, mask=rows < tokens) == slot
             plgpu.store(
                 h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]],
                 h,
@@ -263,30 +264,30 @@ def _add_delta(acc, routes, h_ref, b_ref, rows, part, columns, in_part, pairs, a
     splits, tokens, _, _, rank = h_ref.shape
     ranks, tile, layer = max(16, rank), rows.shape[0], layer_ref[0]
     in_tile = rows < tokens
-    slot_of_row = _load(token_slots_ref, rows, mask=in_tile)
+    slot_of_row = load(token_slots_ref, rows, mask=in_tile)
     column = jnp.arange(at_once * ranks, dtype=jnp.int32)
     r = lax.rem(column, jnp.int32(ranks))
     rank_at = jnp.arange(ranks, dtype=jnp.int32)
     own = in_tile & (slot_of_row >= 0)
-    blocks_of_row = _load(counts_ref, jnp.maximum(slot_of_row, 0), mask=own)
+    blocks_of_row = load(counts_ref, jnp.maximum(slot_of_row, 0), mask=own)
 
     def one_block(j, acc):
         h = jnp.zeros((tile, ranks), jnp.float32)
         in_rank = rank_at < rank if rank < ranks else None
         h_mask = _mask(rows, rank_at, own & (j < blocks_of_row), in_rank)
         for split in range(splits):
-            h += _load(h_ref, split, rows[:, None], j, part, rank_at[None, :], mask=h_mask)
+            h += load(h_ref, split, rows[:, None], j, part, rank_at[None, :], mask=h_mask)
         wide = jnp.broadcast_to(h[:, None, :], (tile, at_once, ranks)).reshape(tile, -1)
 
         def some_pairs(i, acc):
             pair = i * at_once + lax.div(column, jnp.int32(ranks))
-            slot = _load(pair_slot_ref, pair, mask=pair < pairs)
+            slot = load(pair_slot_ref, pair, mask=pair < pairs)
             there = (pair < pairs) & (r < rank)
-            there &= j < _load(counts_ref, slot, mask=there)
-            block = _load(blocks_ref, slot, j, mask=there)
-            scale = _load(scales_ref, slot, j, mask=there)
+            there &= j < load(counts_ref, slot, mask=there)
+            block = load(blocks_ref, slot, j, mask=there)
+            scale = load(scales_ref, slot, j, mask=there)
             in_b = _mask(column, columns, there, in_part)
-            b = _load(b_ref, layer, block[:, None], r[:, None], columns[None, :], mask=in_b)
+            b = load(b_ref, layer, block[:, None], r[:, None], columns[None, :], mask=in_b)
             wide_b = b.astype(jnp.float32)
             nan_or_0 = jnp.sum(wide_b * 0.0, axis=1)
             b = jnp.where(jnp.abs(wide_b) < jnp.inf, wide_b, 0.0).astype(b.dtype)
@@ -326,7 +327,7 @@ def _expand_kernel(
     layer, slot, first = layer_ref[0], pair_slot_ref[pair], pair_tile_ref[pair] * tile
     rows = first + some_tokens * EXPAND_TOKENS + jnp.arange(EXPAND_TOKENS, dtype=jnp.int32)
     mine = (rows < tokens) & (pair < num_pairs_ref[0])
-    mine &= _load(token_slots_ref, rows, mask=mine) == slot
+    mine &= load(token_slots_ref, rows, mask=mine) == slot
 
     @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
     def _():
@@ -338,17 +339,17 @@ def _expand_kernel(
 
         def one_block(j, carry):
             block, delta = carry
-            b = _load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
+            b = load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
             h = jnp.zeros((EXPAND_TOKENS, r.shape[0]), jnp.float32)
             for split in range(splits):
-                h += _load(h_ref, split, rows[:, None], j, part, r[None, :], mask=in_h)
+                h += load(h_ref, split, rows[:, None], j, part, r[None, :], mask=in_h)
             h = (h * scales_ref[slot, j]).astype(b.dtype)
             next_block = blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
             return next_block, delta + dot(h, b, (1, 0))
 
         carry = blocks_ref[slot, 0], jnp.zeros((EXPAND_TOKENS, config.block_n), jnp.float32)
         _, delta = lax.fori_loop(0, counts_ref[slot], one_block, carry)
-        y = _load(y_ref, *at, mask=in_y).astype(jnp.float32)
+        y = load(y_ref, *at, mask=in_y).astype(jnp.float32)
         plgpu.store(out_ref.at[at], (y + delta).astype(out_ref.dtype), mask=in_y)
 
 
@@ -426,8 +427,8 @@ def _matmul_kernel(
     def one_step(step, acc):
         k = (split * steps + step) * block_k + jnp.arange(block_k, dtype=jnp.int32)
         in_k = k < d_in if d_in % (block_k * config.splits) else None
-        x = _load(x_ref, rows[:, None], k[None, :], mask=_mask(rows, k, in_tokens, in_k))
-        w = _load(w_ref, k[:, None], columns[None, :], mask=_mask(k, columns, in_k, in_part))
+        x = load(x_ref, rows[:, None], k[None, :], mask=_mask(rows, k, in_tokens, in_k))
+        w = load(w_ref, k[:, None], columns[None, :], mask=_mask(k, columns, in_k, in_part))
         return acc + dot(x, w, (1, 0))
 
     acc = lax.fori_loop(0, steps, one_step, jnp.zeros((tile, block_n), jnp.float32))

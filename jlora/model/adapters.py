@@ -122,13 +122,8 @@ class TokenAdapters:
         part_widths: tuple[int, ...],
     ) -> Float[Array, "tokens d_out"]:
         """y plus the LoRA product."""
-        options: dict[str, Any] = {"implementation": self.implementation}
-        h = kernels.lora_shrink(
-            x.astype(row.a.dtype), row.a, layer, self.routing, row.slots, **options
-        )
-        return kernels.lora_expand(
-            y, h, row.b, layer, self.routing, row.slots, part_widths, **options
-        )
+        arrays = (self._shrink(x, row, layer), row.b, layer, self.routing, row.slots)
+        return kernels.lora_expand(y, *arrays, part_widths, implementation=self.implementation)
 
     def matmul(
         self,
@@ -139,12 +134,13 @@ class TokenAdapters:
         part_widths: tuple[int, ...],
     ) -> Float[Array, "tokens d_out"]:
         """x W plus the LoRA product."""
+        arrays = (self._shrink(x, row, layer), row.b, layer, self.routing, row.slots)
+        return kernels.lora_matmul(x, w, *arrays, part_widths, implementation=self.implementation)
+
+    def _shrink(self, x: Array, row: RowPool, layer: int | Int[Array, ""]) -> Array:
+        x = x.astype(row.a.dtype)
         options: dict[str, Any] = {"implementation": self.implementation}
-        pooled = x.astype(row.a.dtype)
-        h = kernels.lora_shrink(pooled, row.a, layer, self.routing, row.slots, **options)
-        return kernels.lora_matmul(
-            x, w, h, row.b, layer, self.routing, row.slots, part_widths, **options
-        )
+        return kernels.lora_shrink(x, row.a, layer, self.routing, row.slots, **options)
 
     def rescale(
         self, y: Float[Array, "tokens d_out"], row: RowPool, layer: int | Int[Array, ""]
