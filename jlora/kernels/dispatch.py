@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,14 +13,16 @@ from jlora.kernels import (
     attention,
     attention_gpu,
     attention_tpu,
+    expand_gpu,
     grouped,
     grouped_gpu,
     grouped_tpu,
     lora,
     lora_gpu,
     lora_tpu,
+    rope,
 )
-from jlora.kernels.lora import LoRARouting, SlotTable
+from jlora.kernels.lora import LoRADelta, LoRARouting, SlotTable
 
 Implementation = Literal["xla", "gpu", "tpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "gpu", "tpu")
@@ -61,6 +64,7 @@ def lora_routing(
     """
     match _resolve(implementation):
         case "gpu":
+            # Slots in any order: a tile has as many pairs as tokens at worst.
             tile = 16 if grouped_slots is None else lora_gpu.token_tile(token_slots.shape[0])
             return lora.lora_routing(token_slots, tile, grouped_slots)
         case "tpu":
@@ -111,11 +115,7 @@ def lora_embedding_shrink(
 
 def lora_expand(
     y: Float[Array, "tokens d_out"],
-    h: Float[Array, "splits tokens max_blocks parts rank"],
-    b: Float[Array, "layers blocks rank d_out"],
-    layer: Int[Array, ""] | int,
-    routing: LoRARouting,
-    slots: SlotTable,
+    delta: LoRADelta,
     part_widths: tuple[int, ...],
     *,
     implementation: Implementation | None = None,
@@ -126,45 +126,78 @@ def lora_expand(
     part_widths: columns of each part, in order; they sum to d_out. h is rounded to b's dtype for
     the dot, sums are float32, the result has y's dtype. y may be donated by the backend.
     """
-    if sum(part_widths) != y.shape[1] or len(part_widths) != h.shape[3]:
+    parts = delta.h.shape[3]
+    if sum(part_widths) != y.shape[1] or len(part_widths) != parts:
         raise ValueError(
-            f"part_widths {part_widths} must name {h.shape[3]} parts of {y.shape[1]} columns in all"
+            f"part_widths {part_widths} must name {parts} parts of {y.shape[1]} columns in all"
         )
     match _resolve(implementation):
         case "gpu":
-            return lora_gpu.lora_expand_gpu(
-                y, h, b, layer, routing, slots, part_widths, interpret=interpret
-            )
+            return expand_gpu.lora_expand_gpu(y, delta, part_widths, interpret=interpret)
         case "tpu":
-            return lora_tpu.lora_expand_tpu(
-                y, h, b, layer, routing, slots, part_widths, interpret=interpret
-            )
+            return lora_tpu.lora_expand_tpu(y, delta, part_widths, interpret=interpret)
         case _:
-            return lora.lora_expand_xla(y, h, b, layer, routing, slots, part_widths)
+            return lora.lora_expand_xla(y, delta, part_widths)
 
 
-def lora_matmul(
-    x: Float[Array, "tokens d_in"],
-    w: Float[Array, "d_in d_out"],
-    h: Float[Array, "splits tokens max_blocks parts rank"],
-    b: Float[Array, "layers blocks rank d_out"],
-    layer: Int[Array, ""] | int,
-    routing: LoRARouting,
-    slots: SlotTable,
-    part_widths: tuple[int, ...],
+def gated(
+    y: Float[Array, "tokens d_out"],
+    delta: LoRADelta | None,
+    activation: Callable[[Array], Array],
     *,
     implementation: Implementation | None = None,
     interpret: Any = False,
-) -> Float[Array, "tokens d_out"]:
-    """x · W plus scale · h · Bᵀ of each token's blocks: `lora_expand` of the base's own product.
+) -> Float[Array, "tokens half"]:
+    """activation(gate) * up, the halves of y plus the delta: one part, or one each.
 
-    One kernel where the backend has one and the step is small, and then the sum is rounded once.
+    activation: elementwise. With one kernel for it all the result is rounded to y's dtype once.
     """
-    arrays: tuple[Any, ...] = (h, b, layer, routing, slots, part_widths)
-    if _resolve(implementation) == "gpu":
-        return lora_gpu.lora_matmul_gpu(x, w, *arrays, interpret=interpret)
-    y = jnp.dot(x, w, precision=lora.dot_precision(x.dtype))
-    return lora_expand(y, *arrays, implementation=implementation, interpret=interpret)
+    half = y.shape[1] // 2
+    if delta is not None:
+        if _resolve(implementation) == "gpu":
+            return expand_gpu.gated_gpu(y, delta, activation, interpret=interpret)
+        widths = (half, half) if delta.h.shape[3] == 2 else (2 * half,)
+        y = lora_expand(y, delta, widths, implementation=implementation, interpret=interpret)
+    return activation(y[:, :half]) * y[:, half:]
+
+
+def rope_and_write_kv(
+    qkv: Float[Array, "tokens width"],
+    delta: LoRADelta | None,
+    cos: Float[Array, "tokens half"],
+    sin: Float[Array, "tokens half"],
+    kv_pages: Float[Array, "pages page_size kv_heads_2 kv_head_dim"],
+    destinations: Int[Array, " tokens"],
+    first_page: Int[Array, ""] | int = 0,
+    *,
+    heads: int,
+    kv_heads: int,
+    in_float32: bool = False,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "tokens heads head_dim"], Array]:
+    """Turns queries and keys by their position (see `apply_rope`) and writes keys and values.
+
+    qkv: the queries of all heads, then the keys, then the values; delta is added first.
+    destinations: as `write_kv` takes them, counted from page first_page on.
+    in_float32: the turn is not rounded to qkv's dtype on the way; a kernel for it all never does.
+    -> the turned queries, and kv_pages, in place when donated.
+    """
+    tokens, head_dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
+    options: dict[str, Any] = {"implementation": implementation, "interpret": interpret}
+    if _resolve(implementation) == "gpu" and head_dim == 2 * cos.shape[1]:
+        arrays = (qkv, delta, cos, sin, kv_pages, destinations, first_page)
+        return expand_gpu.rope_and_write_kv_gpu(*arrays, interpret=interpret)
+    widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    if delta is not None:
+        part_widths = widths if delta.h.shape[3] == 3 else (sum(widths),)
+        qkv = lora_expand(qkv, delta, part_widths, **options)
+    parts = jnp.split(qkv, [widths[0], widths[0] + widths[1]], axis=1)
+    q, k, v = (part.reshape(tokens, -1, head_dim) for part in parts)
+    q, k = (rope.apply_rope(part, cos, sin, in_float32) for part in (q, k))
+    first = jnp.asarray(first_page, jnp.int32) * kv_pages.shape[1]
+    destinations = jnp.where(destinations < 0, -1, destinations + first)
+    return q, write_kv(kv_pages, k, v, destinations, **options)
 
 
 def grouped_matmul(

@@ -67,6 +67,23 @@ class LoRARouting:
     tile: int
 
 
+@typing.no_type_check
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["h", "b", "layer", "routing", "slots"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class LoRADelta:
+    """What adapters still have to add to a projection's output: the other factor and its place."""
+
+    h: Any  # float32 [splits, tokens, max_blocks, parts, rank], as `lora_shrink` gives it
+    b: Any  # [layers, blocks, rank, d_out]
+    layer: Any  # int32 or int
+    routing: LoRARouting
+    slots: SlotTable
+
+
 def lora_routing(
     token_slots: Int[Array, " tokens"], tile: int, grouped_slots: int | None = None
 ) -> LoRARouting:
@@ -157,18 +174,13 @@ def lora_shrink_xla(
 
 
 def lora_expand_xla(
-    y: Float[Array, "tokens d_out"],
-    h: Float[Array, "splits tokens max_blocks parts rank"],
-    b: Float[Array, "layers blocks rank d_out"],
-    layer: Int[Array, ""] | int,
-    routing: LoRARouting,
-    slots: SlotTable,
-    part_widths: tuple[int, ...],
+    y: Float[Array, "tokens d_out"], delta: LoRADelta, part_widths: tuple[int, ...]
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. One block of one slot at a time, for a tile of tokens."""
+    b, layer, routing, slots = delta.b, delta.layer, delta.routing, delta.slots
     tokens, tile = y.shape[0], routing.tile
-    parts, rank = h.shape[3:]
-    h = _pad_tokens(jnp.sum(h, axis=0), tile)
+    parts, rank = delta.h.shape[3:]
+    h = _pad_tokens(jnp.sum(delta.h, axis=0), tile)
     token_slots = _pad_tokens(routing.token_slots, tile, NO_ADAPTER)
     starts = np.cumsum((0, *part_widths))
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from jlora.kernels.lora import NO_ADAPTER, LoRARouting, SlotTable, dot_precision
+from jlora.kernels.lora import NO_ADAPTER, LoRADelta, LoRARouting, SlotTable, dot_precision
 
 TOKEN_TILE = 128
 COLUMN_TILE = 4096  # of y in expand
@@ -278,16 +278,13 @@ def _group_h(work: _Work, g, rows_ref, h_ref, part: int, rank: int, max_blocks: 
 
 def lora_expand_tpu(
     y: Float[Array, "tokens d_out"],
-    h: Float[Array, "splits tokens max_blocks parts rank"],
-    b: Float[Array, "layers blocks rank d_out"],
-    layer: Int[Array, ""] | int,
-    routing: LoRARouting,
-    slots: SlotTable,
+    delta: LoRADelta,
     part_widths: tuple[int, ...],
     *,
     interpret: bool | object = False,
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. In place when y is donated."""
+    h, b, layer, routing, slots = delta.h, delta.b, delta.layer, delta.routing, delta.slots
     check_dtypes(y=y, b=b)
     (tokens, d_out), (_, _, max_blocks, parts, rank) = y.shape, h.shape
     _check_rank(rank)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora import kernels
-from jlora.kernels import Implementation, LoRARouting, SlotTable
+from jlora.kernels import Implementation, LoRADelta, LoRARouting, SlotTable
 from jlora.projections import Feature
 
 
@@ -113,34 +113,20 @@ class TokenAdapters:
         """A column of the feature table."""
         return self.features[:, which]
 
-    def add_delta(
-        self,
-        y: Float[Array, "tokens d_out"],
-        x: Float[Array, "tokens d_in"],
-        row: RowPool,
-        layer: int | Int[Array, ""],
-        part_widths: tuple[int, ...],
-    ) -> Float[Array, "tokens d_out"]:
-        """y plus the LoRA product."""
-        arrays = (self._shrink(x, row, layer), row.b, layer, self.routing, row.slots)
-        return kernels.lora_expand(y, *arrays, part_widths, implementation=self.implementation)
-
-    def matmul(
-        self,
-        x: Float[Array, "tokens d_in"],
-        w: Float[Array, "d_in d_out"],
-        row: RowPool,
-        layer: int | Int[Array, ""],
-        part_widths: tuple[int, ...],
-    ) -> Float[Array, "tokens d_out"]:
-        """x W plus the LoRA product."""
-        arrays = (self._shrink(x, row, layer), row.b, layer, self.routing, row.slots)
-        return kernels.lora_matmul(x, w, *arrays, part_widths, implementation=self.implementation)
-
-    def _shrink(self, x: Array, row: RowPool, layer: int | Int[Array, ""]) -> Array:
+    def delta(
+        self, x: Float[Array, "tokens d_in"], row: RowPool, layer: int | Int[Array, ""]
+    ) -> LoRADelta:
+        """The LoRA product of a projection's input, to be added to its output."""
         x = x.astype(row.a.dtype)
         options: dict[str, Any] = {"implementation": self.implementation}
-        return kernels.lora_shrink(x, row.a, layer, self.routing, row.slots, **options)
+        h = kernels.lora_shrink(x, row.a, layer, self.routing, row.slots, **options)
+        return LoRADelta(h, row.b, layer, self.routing, row.slots)
+
+    def expand(
+        self, y: Float[Array, "tokens d_out"], delta: LoRADelta, part_widths: tuple[int, ...]
+    ) -> Float[Array, "tokens d_out"]:
+        """y plus the delta."""
+        return kernels.lora_expand(y, delta, part_widths, implementation=self.implementation)
 
     def rescale(
         self, y: Float[Array, "tokens d_out"], row: RowPool, layer: int | Int[Array, ""]

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
+from jlora.kernels import LoRADelta
 from jlora.model.layers import ACTIVATIONS, LoRALinear, RMSNorm, StepContext, scaled
 from jlora.model.moe import MoE
-from jlora.model.rope import apply_rope
 from jlora.projections import Projection, layer_norms
 
 
@@ -28,8 +28,10 @@ class GatedMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens hidden"], layer: int | Int[Array, ""], step: StepContext
     ) -> Float[Array, "tokens hidden"]:
-        gate, up = jnp.split(self.gate_up(x, layer, step), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.activation](gate) * up, layer, step)
+        y, delta = self.gate_up.with_delta(x, layer, step)
+        activation, implementation = ACTIVATIONS[self.activation], step.implementation
+        inner = kernels.gated(y, delta, activation, implementation=implementation)
+        return self.down(inner, layer, step)
 
 
 class Attention(nnx.Module):
@@ -42,6 +44,7 @@ class Attention(nnx.Module):
         self.qkv = LoRALinear(rows["qkv"], shards, dtype)
         self.o = LoRALinear(rows["o"], shards, dtype)
         q_width, k_width, _ = self.qkv.piece_widths
+        self.piece_heads = (q_width // config.head_dim, k_width // config.head_dim)
         self.head_dim, self.norm_whole = config.head_dim, config.qk_norm_whole
         widths: tuple[int | None, int | None] = (None, None)
         if config.qk_norm:
@@ -65,12 +68,21 @@ class Attention(nnx.Module):
         step: StepContext,
     ) -> tuple[Array, Array]:
         """Writes the tokens' keys and values, then attends; -> [tokens, hidden], kv."""
-        q, k, v = self.heads(x, layer, step)
-        page_size, first_page = kv.shape[1], layer * step.pages_per_layer
-        destinations = jnp.where(
-            step.destinations < 0, -1, step.destinations + first_page * page_size
+        qkv, delta = self.heads(x, layer, step)
+        first_page, (cos, sin) = layer * step.pages_per_layer, step.ropes[self.rope]
+        q, kv = kernels.rope_and_write_kv(
+            qkv,
+            delta,
+            cos,
+            sin,
+            kv,
+            step.destinations,
+            first_page,
+            heads=self.piece_heads[0],
+            kv_heads=self.piece_heads[1],
+            in_float32=self.rope_in_float32,
+            implementation=step.implementation,
         )
-        kv = kernels.write_kv(kv, k, v, destinations, implementation=step.implementation)
         attended = kernels.ragged_paged_attention(
             q,
             kv,
@@ -78,7 +90,7 @@ class Attention(nnx.Module):
             step.page_indices + first_page,
             step.cu_q_lens,
             step.num_seqs,
-            kv_heads=k.shape[1],
+            kv_heads=self.piece_heads[1],
             sm_scale=self.scale,
             sliding_window=self.window,
             soft_cap=self.soft_cap,
@@ -86,31 +98,31 @@ class Attention(nnx.Module):
         )
         return self.o(attended.reshape(attended.shape[0], -1), layer, step), kv
 
-    def heads(self, x: Array, layer: Any, step: StepContext) -> tuple[Array, Array, Array]:
-        """-> q, k, v [tokens, heads, head_dim] of this device, normed and turned."""
+    def heads(
+        self, x: Array, layer: Any, step: StepContext
+    ) -> tuple[Float[Array, "tokens width"], LoRADelta | None]:
+        """Queries, keys and values of this device's heads side by side, normed and clipped.
+
+        And what the adapters have still to add, where there is neither norm nor clip.
+        """
+        if self.q_norm is None and self.clip is None:
+            return self.qkv.with_delta(x, layer, step)
         q_width, k_width, _ = self.qkv.piece_widths
         q, k, v = jnp.split(self.qkv(x, layer, step), [q_width, q_width + k_width], axis=-1)
         if self.norm_whole:
             q, k = self.norm(q, k)
         if self.clip is not None:
             q, k, v = (jnp.clip(part, -self.clip, self.clip) for part in (q, k, v))
-        q, k, v = (part.reshape(part.shape[0], -1, self.head_dim) for part in (q, k, v))
         if not self.norm_whole:
-            q, k = self.norm(q, k)
-        return self.turned(q, step), self.turned(k, step), v
+            by_head = (part.reshape(part.shape[0], -1, self.head_dim) for part in (q, k))
+            q, k = (part.reshape(part.shape[0], -1) for part in self.norm(*by_head))
+        return jnp.concatenate([q, k, v], axis=-1), None
 
     def norm(self, q: Array, k: Array) -> tuple[Array, Array]:
         """The norms of q and k, in the families that have them."""
         if self.q_norm is None or self.k_norm is None:
             return q, k
         return self.q_norm(q), self.k_norm(k)
-
-    def turned(self, x: Array, step: StepContext) -> Array:
-        """x rotated by its position."""
-        cos, sin = step.ropes[self.rope]
-        if self.rope_in_float32:
-            return apply_rope(x.astype(jnp.float32), cos, sin).astype(x.dtype)
-        return apply_rope(x, cos, sin)
 
 
 class DecoderLayer(nnx.Module):

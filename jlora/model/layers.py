@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.kernels import Implementation
+from jlora.kernels import Implementation, LoRADelta
 from jlora.model.adapters import TokenAdapters
 from jlora.projections import Projection
 
@@ -99,16 +99,29 @@ class LoRALinear(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext
     ) -> Float[Array, "tokens d_out"]:
-        weight = self.weight[...]
+        y, delta = self.with_delta(x, layer, step)
+        if delta is None or step.adapters is None:
+            return y
+        return step.adapters.expand(y, delta, self.part_widths)
+
+    def with_delta(
+        self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext
+    ) -> tuple[Float[Array, "tokens d_out"], LoRADelta | None]:
+        """The output, and what the adapters have still to add to it; None: it is whole."""
+        y = jnp.dot(x, self.weight[...], precision=kernels.dot_precision(x.dtype))
         adapters = step.adapters
         if adapters is None:
-            y = jnp.dot(x, weight, precision=kernels.dot_precision(x.dtype))
-            y = jax.lax.psum(y, AXIS) if self.sums else y
-            return y if self.bias is None else y + self.bias[...]
+            return self.add_bias(jax.lax.psum(y, AXIS) if self.sums else y), None
         row = adapters.state.rows[self.name]
-        y = adapters.matmul(x, weight, row, layer, self.part_widths)
+        delta = adapters.delta(x, row, layer)
+        if not self.sums and row.magnitude is None and row.bias is None:
+            return self.add_bias(y), delta
+        y = adapters.expand(y, delta, self.part_widths)
         if self.sums:  # the adapter's partial sums ride on the base's own all-reduce
             y = jax.lax.psum(y, AXIS)
-        y = adapters.rescale(y, row, layer)
-        y = y if self.bias is None else y + self.bias[...]
-        return adapters.add_bias(y, row, layer)
+        y = self.add_bias(adapters.rescale(y, row, layer))
+        return adapters.add_bias(y, row, layer), None
+
+    def add_bias(self, y: Float[Array, "tokens d_out"]) -> Float[Array, "tokens d_out"]:
+        """y plus the base's bias."""
+        return y if self.bias is None else y + self.bias[...]

@@ -98,7 +98,8 @@ class ExpertLinear(nnx.Module):
             return y
         pool = rows.adapters.state.rows[self.name]
         pool = dataclasses.replace(pool, slots=expert_slots(pool.slots, self.experts))
-        return rows.adapters.add_delta(y, x, pool, layer, self.part_widths)
+        delta = rows.adapters.delta(x, pool, layer)
+        return rows.adapters.expand(y, delta, self.part_widths)
 
 
 class MoE(nnx.Module):

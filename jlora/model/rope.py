@@ -112,19 +112,3 @@ def _long_frequencies(rope: RopeConfig, rotary_dim: int, lengths: Array) -> Arra
     growth = factor * lengths.astype(jnp.float32) / limit - (factor - 1)
     base = rope.theta * growth ** (rotary_dim / (rotary_dim - 2))
     return 1.0 / (base[:, None] ** exponent[None])
-
-
-def apply_rope(
-    x: Float[Array, "tokens heads head_dim"],
-    cos: Float[Array, "tokens half"],
-    sin: Float[Array, "tokens half"],
-) -> Float[Array, "tokens heads head_dim"]:
-    """Turns the pairs (x[i], x[i + half]); in x's dtype, as transformers does.
-
-    What lies behind the two halves passes unturned.
-    """
-    cos, sin = cos[:, None].astype(x.dtype), sin[:, None].astype(x.dtype)
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

@@ -58,16 +58,8 @@ def _adapt_embeddings(
     if EMBED in state.rows:
         row = state.rows[EMBED]
         h = kernels.lora_embedding_shrink(tokens, row.a, adapters.routing, row.slots)
-        rows = kernels.lora_expand(
-            rows,
-            h,
-            row.b,
-            0,
-            adapters.routing,
-            row.slots,
-            (rows.shape[1],),
-            implementation=adapters.implementation,
-        )
+        delta = kernels.LoRADelta(h, row.b, 0, adapters.routing, row.slots)
+        rows = adapters.expand(rows, delta, (rows.shape[1],))
         rows = adapters.rescale(rows, row, 0)
     return rows
 
@@ -130,7 +122,8 @@ def _adapt_logits(
         local = _own_token_logits(local, hidden, state.token_rows[HEAD], adapters)
     if HEAD in state.rows:
         row = state.rows[HEAD]
-        local = adapters.add_delta(local, hidden, row, 0, (local.shape[1],))
+        delta = adapters.delta(hidden, row, 0)
+        local = adapters.expand(local, delta, (local.shape[1],))
         local = adapters.add_bias(adapters.rescale(local, row, 0), row, 0)
     return local
 

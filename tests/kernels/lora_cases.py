@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -188,45 +189,25 @@ def shrink_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=Fa
 def expand_call(case: LoRACase, inputs: LoRAInputs, h, implementation, interpret=False) -> Call:
     def expand(layer, token_slots, slots, y, h, b):
         routing = routing_of(case, token_slots, implementation)
+        delta = kernels.LoRADelta(h, b, layer, routing, slots)
         return kernels.lora_expand(
-            y,
-            h,
-            b,
-            layer,
-            routing,
-            slots,
-            case.part_widths,
-            implementation=implementation,
-            interpret=interpret,
+            y, delta, case.part_widths, implementation=implementation, interpret=interpret
         )
 
     return lora_call(case, inputs, expand, inputs.y, h, inputs.b)
 
 
-def matmul_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=False) -> Call:
-    def matmul(layer, token_slots, slots, x, w, h, b):
+def gated_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=False) -> Call:
+    """For cases of two equal parts."""
+
+    def gated(layer, token_slots, slots, y, h, b):
         routing = routing_of(case, token_slots, implementation)
-        return kernels.lora_matmul(
-            x,
-            w,
-            h,
-            b,
-            layer,
-            routing,
-            slots,
-            case.part_widths,
-            implementation=implementation,
-            interpret=interpret,
+        delta = kernels.LoRADelta(h, b, layer, routing, slots)
+        return kernels.gated(
+            y, delta, jax.nn.silu, implementation=implementation, interpret=interpret
         )
 
-    return lora_call(case, inputs, matmul, inputs.x, base_weight(case), inputs.h, inputs.b)
-
-
-def base_weight(case: LoRACase) -> np.ndarray:
-    """W [d_in, d_out], so small that x W is about as large as y."""
-    shape = case.d_in, sum(case.part_widths)
-    values = seeded(case.id).standard_normal(shape, np.float32) * case.d_in**-0.5
-    return values.astype(NUMPY_DTYPE[case.dtype])
+    return lora_call(case, inputs, gated, inputs.y, inputs.h, inputs.b)
 
 
 def check_shrink(case: LoRACase, implementation, interpret=False) -> None:
@@ -253,13 +234,13 @@ def check_shrink_expand(case: LoRACase, implementation, interpret=False) -> None
     _check_expanded(case, inputs, out, shrink_oracle(case, inputs))
 
 
-def check_matmul(case: LoRACase, implementation, interpret=False) -> None:
+def check_gated(case: LoRACase, implementation, interpret=False) -> None:
     inputs = draw_lora(case)
-    out = np.asarray(run(matmul_call(case, inputs, implementation, interpret)))
-    y = inputs.x.astype(np.float64) @ base_weight(case).astype(np.float64)
+    out = np.asarray(run(gated_call(case, inputs, implementation, interpret)))
     h = np.nan_to_num(inputs.h.astype(np.float64).sum(axis=0))
+    gate, up = np.split(expand_oracle(case, inputs, h), 2, axis=1)
     assert out.dtype == inputs.y.dtype
-    assert_close(out, expand_oracle(case, inputs._replace(y=y), h), case.dtype)
+    assert_close(out, gate / (1 + np.exp(-gate)) * up, case.dtype)
 
 
 def embedding_call(case: LoRACase, inputs: LoRAInputs) -> Call:
@@ -333,6 +314,8 @@ LORA_CASES = [
         LoRACase(f"experts-{rows}", rows, _EXPERT_RANKS, 72, (40, 40), order="experts", without=0.1)
         for rows in (40, 512)
     ),
+    LoRACase("gate-up-gaps", 70, _MIXED_RANKS, 72, (40, 40), order="grouped", without=0.4),
+    LoRACase("gate-up-large", 700, _MIXED_RANKS, 72, (512, 512), order="grouped", without=0.3),
     LoRACase("one-tile", 64, (16,) * 12, 136, (96, 24), order="sorted"),
     LoRACase("one-tile-gaps", 24, (40, 16, 0, 8), 576, _QKV, order="grouped", without=0.3),
     LoRACase("one-tile-f32", 30, (16, 24), 300, (1000,), "float32", "grouped", splits=3),
@@ -356,4 +339,14 @@ LORA_CASES = [
         layer=1,
         big=True,
     ),
+]
+GATED_CASES = [
+    case
+    for case in LORA_CASES
+    if len(case.part_widths) == 2 and case.part_widths[0] == case.part_widths[1]
+] + [
+    LoRACase("gated-none", 24, (16, 8), 72, (72, 72), without=1.0),
+    LoRACase("gated-distinct-f32", 17, (4, 8, 0, 40), 72, (72, 72), "float32", "distinct"),
+    LoRACase("gated-float16", 130, (16,) * 9, 72, (128, 128), "float16", "grouped", 0.2),
+    LoRACase("gated-4k", 64, (16,) * 32, 128, (4096, 4096), order="grouped", without=0.1, big=True),
 ]

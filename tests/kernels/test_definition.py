@@ -43,6 +43,16 @@ def test_shrink_then_expand():
         cases.check_shrink_expand(case, "xla")
 
 
+@pytest.mark.parametrize("case", cases.GATED_CASES, ids=by_id)
+def test_gated(case):
+    cases.check_gated(case, "xla")
+
+
+@pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
+def test_rope_and_write_kv(case):
+    cases.check_rope(case, "xla")
+
+
 @pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=by_id)
 def test_attention(case):
     cases.check_attention(case, "xla")
@@ -81,7 +91,8 @@ def test_what_an_adapter_holds_stays_with_its_tokens():
     x, y = (rng.normal(size=(4, 8)).astype(np.float32) for _ in range(2))
     options = {"implementation": "xla"}
     h = kernels.lora_shrink(jnp.array(x), jnp.array(a), 0, routing, slots, **options)
-    out = kernels.lora_expand(jnp.array(y), h, jnp.array(b), 0, routing, slots, (8,), **options)
+    delta = kernels.LoRADelta(h, jnp.array(b), 0, routing, slots)
+    out = kernels.lora_expand(jnp.array(y), delta, (8,), **options)
     assert not np.isfinite(out[0]).any()
     assert np.isfinite(out[1:]).all()
     assert (out[2] == y[2]).all()

@@ -33,7 +33,7 @@ WRITE_SUBSET = _subset(cases.WRITE_CASES, "scattered-bfloat16", "cast", "one-ski
 
 
 @pytest.mark.parametrize("case", LORA_SUBSET, ids=by_id)
-@pytest.mark.parametrize("check", [cases.check_shrink, cases.check_expand, cases.check_matmul])
+@pytest.mark.parametrize("check", [cases.check_shrink, cases.check_expand])
 def test_lora_interpreted(case, check):
     check(case, "gpu", interpret=True)
 
@@ -44,17 +44,27 @@ def check_infinite_values_stay(interpret):
     inputs = cases.draw_lora(case)
     spoilt = int(inputs.slots["blocks"][1, 0])
     inputs.b[:, spoilt, 3, 5], inputs.b[:, spoilt, 4, 70] = np.inf, np.nan
-    calls = [
-        cases.expand_call(case, inputs, inputs.h, "gpu", interpret),
-        cases.matmul_call(case, inputs, "gpu", interpret),
-    ]
-    for out in map(cases.run, calls):
-        finite = np.isfinite(np.asarray(out)).all(axis=1)
-        np.testing.assert_array_equal(finite, inputs.token_slots != 1)
+    out = cases.run(cases.expand_call(case, inputs, inputs.h, "gpu", interpret))
+    finite = np.isfinite(np.asarray(out)).all(axis=1)
+    np.testing.assert_array_equal(finite, inputs.token_slots != 1)
 
 
 def test_infinite_values_stay_interpreted():
     check_infinite_values_stay(interpret=True)
+
+
+@pytest.mark.parametrize("case", cases.GATED_CASES, ids=by_id)
+def test_gated_expand_interpreted(case):
+    if case.big or case.order == "experts":
+        pytest.skip("takes long to interpret")
+    cases.check_gated(case, "gpu", interpret=True)
+
+
+@pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
+def test_rope_interpreted(case):
+    if case.big:
+        pytest.skip("takes long to interpret")
+    cases.check_rope(case, "gpu", interpret=True)
 
 
 @pytest.mark.parametrize("case", ATTENTION_SUBSET, ids=by_id)
@@ -81,8 +91,12 @@ def _expand(case) -> cases.Call:
     return cases.expand_call(case, inputs, inputs.h, "gpu")
 
 
-def _matmul(case) -> cases.Call:
-    return cases.matmul_call(case, cases.draw_lora(case), "gpu")
+def _gated(case) -> cases.Call:
+    return cases.gated_call(case, cases.draw_lora(case), "gpu")
+
+
+def _rope(case) -> cases.Call:
+    return cases.rope_call(case, "gpu")
 
 
 def _attention(case) -> cases.Call:
@@ -100,7 +114,8 @@ def _grouped(case) -> cases.Call:
 EVERY_CALL = [
     *(pytest.param(_shrink, case, id=f"shrink-{case.id}") for case in cases.LORA_CASES),
     *(pytest.param(_expand, case, id=f"expand-{case.id}") for case in cases.LORA_CASES),
-    *(pytest.param(_matmul, case, id=f"matmul-{case.id}") for case in cases.LORA_CASES),
+    *(pytest.param(_gated, case, id=f"gated-{case.id}") for case in cases.GATED_CASES),
+    *(pytest.param(_rope, case, id=f"rope-{case.id}") for case in cases.ROPE_CASES),
     *(pytest.param(_attention, case, id=f"attention-{case.id}") for case in cases.ATTENTION_CASES),
     *(pytest.param(_write, case, id=f"write-{case.id}") for case in cases.WRITE_CASES),
     *(pytest.param(_grouped, case, id=f"grouped-{case.id}") for case in cases.GROUPED_CASES),
@@ -115,7 +130,8 @@ def test_lowers_to_triton(make_call, case):
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
         traced = jax.jit(call.function).trace(*call.arguments)
         lowered = traced.lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("@__gpu$xla.gpu.triton") == 1
+    kernels_of_call = 2 if case.id == "partial" else 1  # expand and write
+    assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels_of_call
 
 
 def test_block_rank_refused():
@@ -132,10 +148,22 @@ def test_block_rank_refused():
 @pytest.mark.parametrize("case", cases.LORA_CASES, ids=by_id)
 @pytest.mark.parametrize(
     "check",
-    [cases.check_shrink, cases.check_expand, cases.check_shrink_expand, cases.check_matmul],
+    [cases.check_shrink, cases.check_expand, cases.check_shrink_expand],
 )
 def test_lora_compiled(case, check):
     check(case, "gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.GATED_CASES, ids=by_id)
+def test_gated_expand_compiled(case):
+    cases.check_gated(case, "gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
+def test_rope_compiled(case):
+    cases.check_rope(case, "gpu")
 
 
 @pytest.mark.gpu
@@ -169,7 +197,10 @@ def test_same_bits_twice():
         h, again = (np.asarray(cases.run(_shrink(case)))[:, used] for _ in range(2))
         cases.assert_same_bits(h, again)
         cases.assert_same_bits(cases.run(_expand(case)), cases.run(_expand(case)))
-        cases.assert_same_bits(cases.run(_matmul(case)), cases.run(_matmul(case)))
+    for case in cases.GATED_CASES:
+        cases.assert_same_bits(cases.run(_gated(case)), cases.run(_gated(case)))
+    for case in cases.ROPE_CASES:
+        jax.tree.map(cases.assert_same_bits, cases.run(_rope(case)), cases.run(_rope(case)))
     for case in cases.ATTENTION_CASES:
         cases.assert_same_bits(cases.run(_attention(case)), cases.run(_attention(case)))
     for case in cases.GROUPED_CASES:
@@ -187,9 +218,8 @@ def _step(kv_pages, x, a, b, slots, token_slots, batch):
     def layer(index, carry):
         kv_pages, x = carry
         h = kernels.lora_shrink(x, a, index, routing, slots, implementation="gpu")
-        y = kernels.lora_expand(
-            x, h, b, index, routing, slots, (WIDTH // 2, WIDTH // 2), implementation="gpu"
-        )
+        delta = kernels.LoRADelta(h, b, index, routing, slots)
+        y = kernels.lora_expand(x, delta, (WIDTH // 2, WIDTH // 2), implementation="gpu")
         q = y.reshape(TOKENS, HEADS, HEAD_DIM)
         k, v = q[:, :KV_HEADS], q[:, -KV_HEADS:]
         kv_pages = kernels.write_kv(kv_pages, k, v, destinations + index, implementation="gpu")

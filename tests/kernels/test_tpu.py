@@ -203,7 +203,8 @@ def lora_shapes(tokens: int, d_in: int, part_widths: tuple[int, ...]):
 def lora(part_widths, x, y, a, b, layer, token_slots, slots):
     routing = kernels.lora_routing(token_slots, implementation="tpu")
     h = kernels.lora_shrink(x, a, layer, routing, slots, implementation="tpu")
-    return kernels.lora_expand(y, h, b, layer, routing, slots, part_widths, implementation="tpu")
+    delta = kernels.LoRADelta(h, b, layer, routing, slots)
+    return kernels.lora_expand(y, delta, part_widths, implementation="tpu")
 
 
 def attention_shapes(tokens: int, heads: int, kv_heads: int, head_dim: int):

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3_apply
 
+from jlora.kernels import apply_rope
 from jlora.model import model_config, rope_cos_sin
-from jlora.model.rope import apply_rope
 
 CONTEXT = 96  # max_position_embeddings; longrope, yarn and llama3 start from ORIGINAL
 ORIGINAL = 64

@@ -1,0 +1,309 @@
+"""What reads a projection's output, as Pallas kernels for GPU (Triton backend) that add the delta.
+
+An adapter's delta is a few dots more where the output is read anyway: by the activation of the MLP,
+and by the rotation of queries and keys and the KV write. So the output is read once, and its sum
+with the delta is never written. `lora_expand` is the one that only adds.
+
+A program takes the tokens of one pair (a tile and a slot that occurs in it) and a piece of the
+columns. Where all tokens must be written there are programs for those without an adapter, too: one
+more a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from jlora.kernels.lora import NO_ADAPTER, LoRADelta
+from jlora.kernels.lora_gpu import check_block_rank, dot, load, mask_of, token_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandConfig:
+    """block_n: columns of one program, and as many again of `up` with a gate."""
+
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @staticmethod
+    def choose(tokens: int, part_widths: tuple[int, ...]) -> ExpandConfig:
+        """What was best on an H100 for an 8B's projections: see docs/benchmarks.md."""
+        block_n = 256 if 8 < tokens <= 256 else 128
+        return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))))
+
+
+def _range(size: int) -> tuple[Array, Array | None]:
+    """0, 1 ... and which of them are below size; None when all are (Triton takes powers of two)."""
+    padded = pl.next_power_of_2(size)
+    index = jnp.arange(padded, dtype=jnp.int32)
+    return index, None if padded == size else index < size
+
+
+def _tokens_of(item, tile: int, tokens: int, delta: LoRADelta | None):
+    """Slot, tokens and which of the tokens are the program's, of the item-th program.
+
+    Past the pairs come the tiles, for their tokens without an adapter; without a delta for all.
+    """
+    slot, tile_index, there = jnp.int32(NO_ADAPTER), item, True
+    if delta is not None:
+        routing, pairs = delta.routing, delta.routing.pair_slot.shape[0]
+        pair = jnp.minimum(item, pairs - 1)
+        slot = jnp.where(item < pairs, routing.pair_slot[pair], slot)
+        tile_index = jnp.where(item < pairs, routing.pair_tile[pair], item - pairs)
+        there = (item < routing.num_pairs[0]) | (item >= pairs)
+    rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
+    mine = (rows < tokens) & there
+    if delta is not None:
+        mine &= load(delta.routing.token_slots, rows, mask=mine) == slot
+    return slot, rows, mine
+
+
+def _deltas(delta: LoRADelta | None, slot, rows, mine, pieces, in_columns) -> list:
+    """The delta of the rows, float32 [rows, columns], for each (part, columns) of the pieces.
+
+    in_columns: which columns there are, None for all.
+    """
+    shape = (rows.shape[0], pieces[0][1].shape[0])
+    zeros = [jnp.zeros(shape, jnp.float32) for _ in pieces]
+    if delta is None:
+        return zeros
+    h_ref, b_ref, slots = delta.h, delta.b, delta.slots
+    splits, _, max_blocks, _, rank = h_ref.shape
+    r, in_rank = jnp.arange(max(rank, 16), dtype=jnp.int32), None
+    if rank < 16:
+        in_rank = r < rank
+    layer, known_slot = delta.layer[0], jnp.maximum(slot, 0)
+
+    def one_piece(part, columns, block, j):
+        in_b, in_h = mask_of(r, columns, in_rank, in_columns), mask_of(rows, r, mine, in_rank)
+        b = load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
+        h = jnp.zeros((rows.shape[0], r.shape[0]), jnp.float32)
+        for split in range(splits):
+            h += load(h_ref, split, rows[:, None], j, part, r[None, :], mask=in_h)
+        return dot((h * slots.scales[slot, j]).astype(b.dtype), b, (1, 0))
+
+    def one_block(j, carry):
+        block, sums = carry  # each block's number is loaded a turn ahead
+        next_block = slots.blocks[slot, jnp.minimum(j + 1, max_blocks - 1)]
+        more = [one_piece(part, columns, block, j) for part, columns in pieces]
+        return next_block, [old + new for old, new in zip(sums, more, strict=True)]
+
+    num_blocks = jnp.where(slot < 0, 0, slots.counts[known_slot])
+    return lax.fori_loop(0, num_blocks, one_block, (slots.blocks[known_slot, 0], zeros))[1]
+
+
+def _column_tile(index, part_widths: tuple[int, ...], block_n: int):
+    """-> part of a column tile, its first column and the end of the part. Tiles keep to a part."""
+    part = start = end = jnp.int32(0)
+    tiles = columns = 0  # of the parts before
+    for p, width in enumerate(part_widths):
+        here = index >= tiles
+        part = jnp.where(here, p, part)
+        start = jnp.where(here, columns + (index - tiles) * block_n, start)
+        end = jnp.where(here, columns + width, end)
+        tiles, columns = tiles + pl.cdiv(width, block_n), columns + width
+    return part, start, end
+
+
+def _expand_kernel(
+    y_ref,  # [tokens, d_out]; the same memory as out_ref
+    delta: LoRADelta,  # of refs
+    out_ref,  # [tokens, d_out]
+    *,
+    part_widths: tuple[int, ...],
+    block_n: int,
+):
+    item, column_tile = pl.program_id(0), pl.program_id(1)
+    slot, rows, mine = _tokens_of(item, delta.routing.tile, y_ref.shape[0], delta)
+
+    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
+    def _():
+        part, start, end = _column_tile(column_tile, part_widths, block_n)
+        columns = start + jnp.arange(block_n, dtype=jnp.int32)
+        in_part = columns < end if any(width % block_n for width in part_widths) else None
+        at, in_y = (rows[:, None], columns[None, :]), mask_of(rows, columns, mine, in_part)
+        y = load(y_ref, *at, mask=in_y)
+        (more,) = _deltas(delta, slot, rows, mine, [(part, columns)], in_part)
+        out = (y.astype(jnp.float32) + more).astype(out_ref.dtype)
+        plgpu.store(out_ref.at[at], out, mask=in_y)
+
+
+def _on_device(delta: LoRADelta, tokens: int) -> LoRADelta:
+    """As the kernels take it."""
+    check_block_rank(delta.b.shape[2])
+    h = delta.h
+    if tokens > 256:  # every piece of columns reads all of h, so it is summed before
+        h = jnp.sum(h, axis=0, keepdims=True)
+    return dataclasses.replace(delta, h=h, layer=jnp.asarray(delta.layer, jnp.int32)[None])
+
+
+def lora_expand_gpu(
+    y: Float[Array, "tokens d_out"],
+    delta: LoRADelta,
+    part_widths: tuple[int, ...],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "tokens d_out"]:
+    """See `jlora.kernels.lora_expand`. y is updated in place where XLA lets it."""
+    config = ExpandConfig.choose(y.shape[0], part_widths)
+    column_tiles = sum(pl.cdiv(width, config.block_n) for width in part_widths)
+    return pl.pallas_call(
+        functools.partial(_expand_kernel, part_widths=part_widths, block_n=config.block_n),
+        name="lora_expand",
+        grid=(delta.routing.pair_slot.shape[0], column_tiles),
+        out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=interpret,
+    )(y, _on_device(delta, y.shape[0]))
+
+
+def _gated_kernel(
+    y_ref,  # [tokens, 2 * half]
+    delta: LoRADelta,  # of refs
+    out_ref,  # [tokens, half]
+    *,
+    activation: Callable[[Any], Any],
+    block_n: int,
+):
+    item, column_tile = pl.program_id(0), pl.program_id(1)
+    tokens, half = out_ref.shape
+    slot, rows, mine = _tokens_of(item, delta.routing.tile, tokens, delta)
+
+    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
+    def _():
+        columns = column_tile * block_n + jnp.arange(block_n, dtype=jnp.int32)
+        in_half = columns < half if half % block_n else None
+        in_y = mask_of(rows, columns, mine, in_half)
+        up_part = min(1, delta.h.shape[3] - 1)  # gate and up may share their A
+        pieces = [(0, columns), (up_part, columns + half)]
+        y = [load(y_ref, rows[:, None], at[None, :], mask=in_y) for _, at in pieces]
+        more = _deltas(delta, slot, rows, mine, pieces, in_half)
+        gate, up = (old.astype(jnp.float32) + new for old, new in zip(y, more, strict=True))
+        out = (activation(gate) * up).astype(out_ref.dtype)
+        plgpu.store(out_ref.at[rows[:, None], columns[None, :]], out, mask=in_y)
+
+
+def gated_gpu(
+    y: Float[Array, "tokens d_out"],
+    delta: LoRADelta,
+    activation: Callable[[Array], Array],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "tokens half"]:
+    """See `jlora.kernels.gated`."""
+    tokens, half, routing = y.shape[0], y.shape[1] // 2, delta.routing
+    config = ExpandConfig.choose(tokens, (half,))
+    items = routing.pair_slot.shape[0] + pl.cdiv(tokens, routing.tile)
+    return pl.pallas_call(
+        functools.partial(_gated_kernel, activation=activation, block_n=config.block_n),
+        name="gated",
+        grid=(items, pl.cdiv(half, config.block_n)),
+        out_shape=jax.ShapeDtypeStruct((tokens, half), y.dtype),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=interpret,
+    )(y, _on_device(delta, tokens))
+
+
+def _rope_kernel(
+    kv_ref,  # [pages, page_size, 2 * kv_heads, head_dim]; the same memory as kv_out_ref
+    qkv_ref,  # [tokens, (heads + 2 * kv_heads) * head_dim]
+    delta: LoRADelta | None,  # of refs
+    cos_ref,  # [tokens, half]
+    sin_ref,  # [tokens, half]
+    destinations_ref,  # [tokens]
+    first_page_ref,  # [1]
+    kv_out_ref,
+    q_ref,  # [tokens, heads, head_dim]
+    *,
+    tile: int,
+):
+    del kv_ref
+    head = pl.program_id(1)
+    tokens, heads, head_dim = q_ref.shape
+    page_size, kv_heads = jnp.int32(kv_out_ref.shape[1]), kv_out_ref.shape[2] // 2
+    slot, rows, mine = _tokens_of(pl.program_id(0), tile, tokens, delta)
+
+    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
+    def _():
+        half = head_dim // 2
+        dim, in_half = _range(half)
+        in_y = mask_of(rows, dim, mine, in_half)
+        piece = (head >= heads).astype(jnp.int32) + (head >= heads + kv_heads).astype(jnp.int32)
+        one_part = delta is None or delta.h.shape[3] == 1  # q, k and v share their A
+        part = jnp.int32(0) if one_part else piece
+        pieces = [(part, head * head_dim + start + dim) for start in (0, half)]
+        y = [load(qkv_ref, rows[:, None], at[None, :], mask=in_y) for _, at in pieces]
+        cos, sin = (load(ref, rows[:, None], dim[None, :], mask=in_y) for ref in (cos_ref, sin_ref))
+        destination = load(destinations_ref, rows, mask=mine)
+        more = _deltas(delta, slot, rows, mine, pieces, in_half)
+        first, second = (old.astype(jnp.float32) + new for old, new in zip(y, more, strict=True))
+        turned = first * cos - second * sin, second * cos + first * sin
+
+        @pl.when(piece == 0)
+        def _():
+            for start, values in zip((0, half), turned, strict=True):
+                at = q_ref.at[rows[:, None], head, start + dim[None, :]]
+                plgpu.store(at, values.astype(q_ref.dtype), mask=in_y)
+
+        @pl.when(piece > 0)
+        def _():
+            kv_head = lax.rem(head - heads, jnp.int32(kv_heads))
+            written = mine & (destination >= 0)
+            offset, page = lax.rem(destination, page_size), lax.div(destination, page_size)
+            # The interpreter writes masked rows back; past the last page nothing comes of it.
+            page = jnp.where(written, first_page_ref[0] + page, kv_out_ref.shape[0])
+            written = mask_of(rows, dim, written, in_half)
+            kept = zip((0, half), turned, (first, second), strict=True)
+            for start, key, value in kept:
+                at = (page[:, None], offset[:, None], 2 * kv_head + piece - 1, start + dim[None, :])
+                values = jnp.where(piece == 1, key, value).astype(kv_out_ref.dtype)
+                plgpu.store(kv_out_ref.at[at], values, mask=written)
+
+
+def rope_and_write_kv_gpu(
+    qkv: Float[Array, "tokens width"],
+    delta: LoRADelta | None,
+    cos: Float[Array, "tokens half"],
+    sin: Float[Array, "tokens half"],
+    kv_pages: Float[Array, "pages page_size kv_heads_2 head_dim"],
+    destinations: Int[Array, " tokens"],
+    first_page: Int[Array, ""] | int,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """See `jlora.kernels.rope_and_write_kv`; all of a head's dimensions turn."""
+    tokens, (_, _, kv_heads_2, head_dim) = qkv.shape[0], kv_pages.shape
+    heads = qkv.shape[1] // head_dim - kv_heads_2
+    tile = token_tile(tokens) if delta is None else delta.routing.tile
+    items = pl.cdiv(tokens, tile)
+    if delta is not None:
+        items += delta.routing.pair_slot.shape[0]
+        delta = _on_device(delta, tokens)
+    kv_pages, q = pl.pallas_call(
+        functools.partial(_rope_kernel, tile=tile),
+        name="rope_and_write_kv",
+        grid=(items, heads + kv_heads_2),
+        out_shape=(
+            jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
+            jax.ShapeDtypeStruct((tokens, heads, head_dim), qkv.dtype),
+        ),
+        input_output_aliases={0: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )(kv_pages, qkv, delta, cos, sin, destinations, jnp.asarray(first_page, jnp.int32)[None])
+    return q, kv_pages
