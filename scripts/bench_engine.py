@@ -18,6 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -61,6 +63,7 @@ SHAPES = {
     },
 }
 DECODE_BATCHES = (1, 8, 32, 64, 128, 256)
+WORKLOADS = ("decode", "prefill", "throughput", "load", "bandwidth")
 PREFILLS = ((1, 128), (1, 1024), (16, 1024), (64, 512))
 
 
@@ -112,7 +115,9 @@ class Bench:
     """An engine, its adapters, and where the figures go."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.tags = args, {"adapters": args.adapters, "rank": args.rank}
+        self.args, self.tags = args, {"adapters": args.adapters, "rank": max(args.ranks)}
+        if len(args.ranks) > 1:
+            self.tags |= {"ranks": args.ranks}
         if args.dora or args.reserve or args.shape != "8b":
             self.tags |= {"dora": args.dora, "reserve": args.reserve, "shape": args.shape}
         model = folder / "model"
@@ -122,7 +127,11 @@ class Bench:
         with ThreadPoolExecutor() as executor:
             made = executor.map(
                 lambda seed: write_adapter(
-                    modules, folder / f"adapter{seed}", args.rank, seed, args.dora
+                    modules,
+                    folder / f"adapter{seed}",
+                    args.ranks[seed % len(args.ranks)],
+                    seed,
+                    args.dora,
                 ),
                 range(args.adapters + spare),
             )
@@ -135,7 +144,7 @@ class Bench:
                 "enable_lora": True,
                 "max_loras": args.adapters,
                 "max_cpu_loras": args.adapters + 4,
-                "max_lora_rank": args.max_lora_rank or max(args.rank, 8),
+                "max_lora_rank": args.max_lora_rank or max(*args.ranks, 8),
                 "enable_lora_dora": args.dora or args.reserve,
                 "enable_lora_bias": args.reserve,
                 "lora_expert_blocks": args.adapters * (modules.config.num_experts > 0),
@@ -148,10 +157,10 @@ class Bench:
             dtype="bfloat16",
             load_format="dummy",
             skip_tokenizer_init=True,
-            max_model_len=2048,
+            max_model_len=max(2048, args.context + 128),
             max_num_seqs=256,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            enable_prefix_caching=False,
+            enable_prefix_caching=args.context > 128,
             gpu_memory_utilization=args.gpu_memory_utilization,
             enforce_eager=args.eager,
             use_tqdm=True,
@@ -159,6 +168,7 @@ class Bench:
         )
         self.say(what="init_s", v=round(time.perf_counter() - start, 1))
         self.rng = np.random.default_rng(0)
+        self.kept: dict[tuple[int, int], list] = {}  # long prompts, which are computed once
 
     def say(self, **figure) -> None:
         """Prints and writes one figure."""
@@ -172,11 +182,9 @@ class Bench:
         self, batch: int, tokens: int, answer: int, loras: list[LoRARequest] | None = None
     ) -> float:
         """Seconds of one generate call."""
-        vocab = SHAPES[self.args.shape]["vocab_size"]
-        prompts = [
-            {"prompt_token_ids": self.rng.integers(10, vocab, tokens).tolist()}
-            for _ in range(batch)
-        ]
+        prompts = self.kept.get((batch, tokens)) or self.prompts(batch, tokens)
+        if self.args.context > 128:
+            self.kept[batch, tokens] = prompts
         params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False)
         used = self.loras[: self.args.adapters] if loras is None else loras
         requests = [used[i % len(used)] for i in range(batch)] if used else None
@@ -184,18 +192,28 @@ class Bench:
         self.llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
         return time.perf_counter() - start
 
+    def prompts(self, batch: int, tokens: int) -> list:
+        """Of random tokens."""
+        vocab = SHAPES[self.args.shape]["vocab_size"]
+        drawn = self.rng.integers(10, vocab, (batch, tokens))
+        return [{"prompt_token_ids": prompt.tolist()} for prompt in drawn]
+
     def decode(self, batches: list[int], in_use: int | None = None) -> None:
-        """(66 tokens - 2 tokens) / 64 after prompts of 128, each the better of two.
+        """(66 tokens - 2 tokens) / 64 after prompts of `--context`, each the better of two.
 
         in_use: how many of the adapters the batch uses; all when None.
         """
-        extra, loras = {}, None
+        extra, loras, context = {}, None, self.args.context
+        if context > 128:
+            extra = {"context": context}
         if in_use is not None:
-            extra = {"in_use": in_use, "max_lora_rank": self.args.max_lora_rank}
+            extra |= {"in_use": in_use, "max_lora_rank": self.args.max_lora_rank}
             loras = self.loras[:in_use]
         for batch in batches:
-            self.run(batch, 128, 2, loras)
-            long, short = (min(self.run(batch, 128, n, loras) for _ in range(2)) for n in (66, 2))
+            self.run(batch, context, 2, loras)
+            long, short = (
+                min(self.run(batch, context, n, loras) for _ in range(2)) for n in (66, 2)
+            )
             step = (long - short) / 64
             self.say(
                 what="decode",
@@ -217,6 +235,18 @@ class Bench:
                 ms=round(seconds * 1e3, 2),
                 tok_s=round(batch * tokens / seconds),
             )
+
+    def bandwidth(self) -> None:
+        """Bytes a second of adding one to 1 GB, read and written: what floors are made of."""
+        add = jax.jit(lambda x: x + 1, donate_argnums=0)
+        x = add(jnp.zeros(2**29, jnp.bfloat16))
+        x.block_until_ready()
+        start = time.perf_counter()
+        for _ in range(20):
+            x = add(x)
+        x.block_until_ready()
+        each = (time.perf_counter() - start) / 20
+        self.say(what="bandwidth", gb_s=round(2 * x.nbytes / each / 1e9))
 
     def throughput(self) -> None:
         """512 requests of 256 tokens in, 128 out."""
@@ -241,7 +271,12 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapters", type=int, default=0, help="0: LoRA off")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[16], help="of adapter 0, 1 ... and so on again"
+    )
+    parser.add_argument(
+        "--context", type=int, default=128, help="prompt of decode; longer ones are cached"
+    )
     parser.add_argument("--max-lora-rank", type=int, help="default: the rank")
     parser.add_argument(
         "--in-use", type=int, nargs="+", default=[None], help="adapters a batch uses (default: all)"
@@ -251,7 +286,7 @@ def main() -> None:
         "--reserve", action="store_true", help="reserve magnitudes and biases that nobody uses"
     )
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--what", nargs="+", default=["decode", "prefill", "throughput", "load"])
+    parser.add_argument("--what", nargs="+", choices=WORKLOADS, default=[*WORKLOADS[:4]])
     parser.add_argument("--batches", nargs="+", type=int, default=list(DECODE_BATCHES))
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.6)
@@ -267,6 +302,7 @@ def main() -> None:
             "decode": lambda: [bench.decode(args.batches, n) for n in args.in_use],
             "prefill": bench.prefill,
             "throughput": bench.throughput,
+            "bandwidth": bench.bandwidth,
             "load": bench.load,
         }
         for name in args.what:

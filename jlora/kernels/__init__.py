@@ -4,6 +4,7 @@ from jlora.kernels.attention import token_sequences
 from jlora.kernels.dispatch import (
     IMPLEMENTATIONS,
     Implementation,
+    add_and_norm,
     default_implementation,
     gated,
     grouped_matmul,
@@ -18,6 +19,7 @@ from jlora.kernels.dispatch import (
     write_kv,
 )
 from jlora.kernels.lora import NO_ADAPTER, LoRADelta, LoRARouting, SlotTable, dot_precision
+from jlora.kernels.norm import NormRule, rms_norm
 from jlora.kernels.rope import apply_rope
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "Implementation",
     "LoRADelta",
     "LoRARouting",
+    "NormRule",
     "SlotTable",
+    "add_and_norm",
     "apply_rope",
     "default_implementation",
     "dot_precision",
@@ -38,6 +42,7 @@ __all__ = [
     "lora_routing",
     "lora_shrink",
     "ragged_paged_attention",
+    "rms_norm",
     "rope_and_write_kv",
     "storage_dtype",
     "token_sequences",

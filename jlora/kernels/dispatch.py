@@ -20,9 +20,11 @@ from jlora.kernels import (
     lora,
     lora_gpu,
     lora_tpu,
+    norm_gpu,
     rope,
 )
 from jlora.kernels.lora import LoRADelta, LoRARouting, SlotTable
+from jlora.kernels.norm import NormRule, rms_norm
 
 Implementation = Literal["xla", "gpu", "tpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "gpu", "tpu")
@@ -65,7 +67,8 @@ def lora_routing(
     match _resolve(implementation):
         case "gpu":
             # Slots in any order: a tile has as many pairs as tokens at worst.
-            tile = 16 if grouped_slots is None else lora_gpu.token_tile(token_slots.shape[0])
+            tokens = token_slots.shape[0]
+            tile = 16 if grouped_slots is None else lora_gpu.token_tile(tokens, grouped_slots)
             return lora.lora_routing(token_slots, tile, grouped_slots)
         case "tpu":
             return lora.lora_routing(token_slots, lora_tpu.TOKEN_TILE)
@@ -198,6 +201,22 @@ def rope_and_write_kv(
     first = jnp.asarray(first_page, jnp.int32) * kv_pages.shape[1]
     destinations = jnp.where(destinations < 0, -1, destinations + first)
     return q, write_kv(kv_pages, k, v, destinations, **options)
+
+
+def add_and_norm(
+    hidden: Float[Array, "tokens width"],
+    y: Float[Array, "tokens width"],
+    weight: Float[Array, " width"],
+    rule: NormRule,
+    *,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "tokens width"], Float[Array, "tokens width"]]:
+    """hidden + y, and the RMS norm of that sum. hidden may be donated by the backend."""
+    if _resolve(implementation) == "gpu" and y.shape[1] <= norm_gpu.MAX_WIDTH:
+        return norm_gpu.add_and_norm_gpu(hidden, y, weight, rule, interpret=interpret)
+    hidden = hidden + y
+    return hidden, rms_norm(hidden, weight, rule)
 
 
 def grouped_matmul(

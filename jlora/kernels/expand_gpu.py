@@ -1,7 +1,7 @@
 """What reads a projection's output, as Pallas kernels for GPU (Triton backend) that add the delta.
 
 An adapter's delta is a few dots more where the output is read anyway: by the activation of the MLP,
-and by the rotation of queries and keys and the KV write. So the output is read once, and its sum
+and by the turning of queries and keys and the KV write. So the output is read once, and its sum
 with the delta is never written. `lora_expand` is the one that only adds.
 
 A program takes the tokens of one pair (a tile and a slot that occurs in it) and a piece of the
@@ -36,10 +36,11 @@ class ExpandConfig:
     num_stages: int = 2
 
     @staticmethod
-    def choose(tokens: int, part_widths: tuple[int, ...]) -> ExpandConfig:
+    def choose(tile: int, part_widths: tuple[int, ...], gate: bool = False) -> ExpandConfig:
         """What was best on an H100 for an 8B's projections: see docs/benchmarks.md."""
-        block_n = 256 if 8 < tokens <= 256 else 128
-        return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))))
+        block_n = {1: 512, 16: 256}.get(tile, 128)
+        num_warps = 2 if gate and tile == 16 else 4
+        return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))), num_warps)
 
 
 def _range(size: int) -> tuple[Array, Array | None]:
@@ -50,52 +51,71 @@ def _range(size: int) -> tuple[Array, Array | None]:
 
 
 def _tokens_of(item, tile: int, tokens: int, delta: LoRADelta | None):
-    """Slot, tokens and which of the tokens are the program's, of the item-th program.
+    """Of the item-th program: its slot, tokens, which of them it writes, and whether it has any.
 
     Past the pairs come the tiles, for their tokens without an adapter; without a delta for all.
     """
-    slot, tile_index, there = jnp.int32(NO_ADAPTER), item, True
+    slot, tile_index, there = jnp.int32(NO_ADAPTER), item, item >= 0
     if delta is not None:
         routing, pairs = delta.routing, delta.routing.pair_slot.shape[0]
         pair = jnp.minimum(item, pairs - 1)
         slot = jnp.where(item < pairs, routing.pair_slot[pair], slot)
         tile_index = jnp.where(item < pairs, routing.pair_tile[pair], item - pairs)
-        there = (item < routing.num_pairs[0]) | (item >= pairs)
+        bare = routing.tile_bare[jnp.maximum(item - pairs, 0)]
+        there = jnp.where(item < pairs, item < routing.num_pairs[0], bare)
     rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
     mine = (rows < tokens) & there
     if delta is not None:
         mine &= load(delta.routing.token_slots, rows, mask=mine) == slot
-    return slot, rows, mine
+    return slot, rows, mine, there
+
+
+def _summed_h(h_ref, rows, mine, j, part, r, in_rank):
+    """h of block j, its splits summed: [rows, ranks], or [ranks] of a single row."""
+    splits = h_ref.shape[0]
+    if rows.shape[0] == 1:
+        split, in_splits = _range(splits)
+        in_h = mask_of(split, r, in_splits, in_rank)
+        return jnp.sum(load(h_ref, split[:, None], rows[0], j, part, r[None, :], mask=in_h), axis=0)
+    h, in_h = jnp.zeros((rows.shape[0], r.shape[0]), jnp.float32), mask_of(rows, r, mine, in_rank)
+    for piece in range(splits):
+        h += load(h_ref, piece, rows[:, None], j, part, r[None, :], mask=in_h)
+    return h
 
 
 def _deltas(delta: LoRADelta | None, slot, rows, mine, pieces, in_columns) -> list:
     """The delta of the rows, float32 [rows, columns], for each (part, columns) of the pieces.
 
-    in_columns: which columns there are, None for all.
+    in_columns: which columns there are, None for all. Of rows that are not the slot's it is
+    anything.
     """
     shape = (rows.shape[0], pieces[0][1].shape[0])
     zeros = [jnp.zeros(shape, jnp.float32) for _ in pieces]
     if delta is None:
         return zeros
-    h_ref, b_ref, slots = delta.h, delta.b, delta.slots
-    splits, _, max_blocks, _, rank = h_ref.shape
-    r, in_rank = jnp.arange(max(rank, 16), dtype=jnp.int32), None
-    if rank < 16:
-        in_rank = r < rank
+    b_ref, slots, (max_blocks, rank) = delta.b, delta.slots, (delta.h.shape[2], delta.h.shape[4])
+    r = jnp.arange(rank if shape[0] == 1 else max(rank, 16), dtype=jnp.int32)
+    in_rank = r < rank if rank < r.shape[0] else None
     layer, known_slot = delta.layer[0], jnp.maximum(slot, 0)
 
-    def one_piece(part, columns, block, j):
-        in_b, in_h = mask_of(r, columns, in_rank, in_columns), mask_of(rows, r, mine, in_rank)
+    def times_b(h, columns, block):
+        in_b = mask_of(r, columns, in_rank, in_columns)
         b = load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
-        h = jnp.zeros((rows.shape[0], r.shape[0]), jnp.float32)
-        for split in range(splits):
-            h += load(h_ref, split, rows[:, None], j, part, r[None, :], mask=in_h)
-        return dot((h * slots.scales[slot, j]).astype(b.dtype), b, (1, 0))
+        if shape[0] == 1:
+            return jnp.sum(h[:, None] * b.astype(jnp.float32), axis=0)[None, :]
+        return dot(h.astype(b.dtype), b, (1, 0))
 
     def one_block(j, carry):
         block, sums = carry  # each block's number is loaded a turn ahead
         next_block = slots.blocks[slot, jnp.minimum(j + 1, max_blocks - 1)]
-        more = [one_piece(part, columns, block, j) for part, columns in pieces]
+        scale, more = slots.scales[slot, j], []
+        last_part: Any = None
+        h: Any = None
+        for part, columns in pieces:
+            if part is not last_part:  # else it is loaded already
+                h = _summed_h(delta.h, rows, mine, j, part, r, in_rank) * scale
+            more.append(times_b(h, columns, block))
+            last_part = part
         return next_block, [old + new for old, new in zip(sums, more, strict=True)]
 
     num_blocks = jnp.where(slot < 0, 0, slots.counts[known_slot])
@@ -124,9 +144,9 @@ def _expand_kernel(
     block_n: int,
 ):
     item, column_tile = pl.program_id(0), pl.program_id(1)
-    slot, rows, mine = _tokens_of(item, delta.routing.tile, y_ref.shape[0], delta)
+    slot, rows, mine, there = _tokens_of(item, delta.routing.tile, y_ref.shape[0], delta)
 
-    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
+    @pl.when(there)
     def _():
         part, start, end = _column_tile(column_tile, part_widths, block_n)
         columns = start + jnp.arange(block_n, dtype=jnp.int32)
@@ -155,7 +175,7 @@ def lora_expand_gpu(
     interpret: bool = False,
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. y is updated in place where XLA lets it."""
-    config = ExpandConfig.choose(y.shape[0], part_widths)
+    config = ExpandConfig.choose(delta.routing.tile, part_widths)
     column_tiles = sum(pl.cdiv(width, config.block_n) for width in part_widths)
     return pl.pallas_call(
         functools.partial(_expand_kernel, part_widths=part_widths, block_n=config.block_n),
@@ -180,9 +200,9 @@ def _gated_kernel(
 ):
     item, column_tile = pl.program_id(0), pl.program_id(1)
     tokens, half = out_ref.shape
-    slot, rows, mine = _tokens_of(item, delta.routing.tile, tokens, delta)
+    slot, rows, mine, there = _tokens_of(item, delta.routing.tile, tokens, delta)
 
-    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
+    @pl.when(there)
     def _():
         columns = column_tile * block_n + jnp.arange(block_n, dtype=jnp.int32)
         in_half = columns < half if half % block_n else None
@@ -205,7 +225,7 @@ def gated_gpu(
 ) -> Float[Array, "tokens half"]:
     """See `jlora.kernels.gated`."""
     tokens, half, routing = y.shape[0], y.shape[1] // 2, delta.routing
-    config = ExpandConfig.choose(tokens, (half,))
+    config = ExpandConfig.choose(routing.tile, (half,), gate=True)
     items = routing.pair_slot.shape[0] + pl.cdiv(tokens, routing.tile)
     return pl.pallas_call(
         functools.partial(_gated_kernel, activation=activation, block_n=config.block_n),
@@ -236,9 +256,9 @@ def _rope_kernel(
     head = pl.program_id(1)
     tokens, heads, head_dim = q_ref.shape
     page_size, kv_heads = jnp.int32(kv_out_ref.shape[1]), kv_out_ref.shape[2] // 2
-    slot, rows, mine = _tokens_of(pl.program_id(0), tile, tokens, delta)
+    slot, rows, mine, there = _tokens_of(pl.program_id(0), tile, tokens, delta)
 
-    @pl.when(jnp.max(mine.astype(jnp.int32)) > 0)
+    @pl.when(there)
     def _():
         half = head_dim // 2
         dim, in_half = _range(half)
@@ -303,7 +323,7 @@ def rope_and_write_kv_gpu(
             jax.ShapeDtypeStruct((tokens, heads, head_dim), qkv.dtype),
         ),
         input_output_aliases={0: 0},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=2 if tile <= 16 else 4, num_stages=2),
         interpret=interpret,
     )(kv_pages, qkv, delta, cos, sin, destinations, jnp.asarray(first_page, jnp.int32)[None])
     return q, kv_pages

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 NO_ADAPTER = -1
 
@@ -48,7 +48,7 @@ class SlotTable:
 @typing.no_type_check
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_slots", "pair_tile", "pair_slot", "num_pairs"],
+    data_fields=["token_slots", "pair_tile", "pair_slot", "num_pairs", "tile_bare"],
     meta_fields=["tile"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,14 @@ class LoRARouting:
 
     Tokens are cut into tiles of `tile` consecutive ones. A pair is one tile and one slot that
     occurs in it; kernels walk the `num_pairs` pairs (ordered by tile) and mask the other tokens
-    of the tile.
+    of the tile. tile_bare says which tiles have tokens without an adapter.
     """
 
     token_slots: Int[Array, " tokens"]
     pair_tile: Int[Array, " pairs"]
     pair_slot: Int[Array, " pairs"]
     num_pairs: Int[Array, "1"]
+    tile_bare: Bool[Array, " tiles"]
     tile: int
 
 
@@ -112,6 +113,7 @@ def lora_routing(
         pair_tile=empty.at[at].set(tile_of_token, mode="drop"),
         pair_slot=empty.at[at].set(padded, mode="drop"),
         num_pairs=jnp.sum(first, dtype=jnp.int32)[None],
+        tile_bare=jnp.any(tiles == NO_ADAPTER, axis=1),
         tile=tile,
     )
 

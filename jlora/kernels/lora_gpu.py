@@ -34,17 +34,17 @@ class ShrinkConfig:
     num_stages: int = 3
 
     @staticmethod
-    def choose(tokens, d_in, parts, rank, itemsize, tile, programs: int = 264) -> ShrinkConfig:
-        """Few tiles (decode): a part a program and more splits, of at least one block_k each.
+    def choose(tokens: int, d_in: int, parts: int, rank: int, itemsize: int) -> ShrinkConfig:
+        """What was best on an H100 for an 8B's projections: see docs/benchmarks.md.
 
-        Many: x is read once for all parts.
+        With few tokens a part a program; with many x is read once for all parts.
         """
-        together = parts if tokens > 256 and parts * rank <= 64 else 1
-        block_k = (512 if tokens <= 256 else 128) // itemsize
-        block_k = min(block_k, pl.next_power_of_2(max(d_in, 16)))
-        tiles = pl.cdiv(tokens, tile) * (parts // together)
-        splits = min(8 if d_in <= 8192 else 16, pl.cdiv(d_in, block_k), max(1, programs // tiles))
-        return ShrinkConfig(block_k, splits, together)
+        many = tokens > 256
+        block_k = min((256 if many else 512) // itemsize, pl.next_power_of_2(max(d_in, 16)))
+        splits = min(16 if d_in > 8192 and not many else 8, pl.cdiv(d_in, block_k))
+        steps = pl.cdiv(pl.cdiv(d_in, block_k), splits)
+        together = parts if many and parts * rank <= 64 else 1
+        return ShrinkConfig(block_k, splits, together, num_stages=min(3, max(2, steps)))
 
 
 def check_block_rank(rank: int) -> None:
@@ -54,8 +54,14 @@ def check_block_rank(rank: int) -> None:
         )
 
 
-def token_tile(tokens: int) -> int:
-    """Tokens a tile: 16 are the fewest rows of a Triton dot, more share what is read of B."""
+def token_tile(tokens: int, slots: int = 0) -> int:
+    """Tokens a tile, where the tokens of a slot stand together.
+
+    16 are the fewest rows of a Triton dot; above 256 tokens more share what is read. Where a slot
+    has hardly more than one token, each token is a tile, and there are no dots.
+    """
+    if tokens <= 64 and tokens <= 2 * (pl.cdiv(tokens, 16) + slots - 1):
+        return 1
     return 16 if tokens <= 256 else 32
 
 
@@ -114,9 +120,12 @@ def _shrink_kernel(
     def _():
         rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
         # The ranks of the parts of this program, side by side.
-        column = jnp.arange(max(16, pl.next_power_of_2(here * rank)), dtype=jnp.int32)
+        columns = pl.next_power_of_2(here * rank)
+        column = jnp.arange(columns if tile == 1 else max(16, columns), dtype=jnp.int32)
         part = first_part * here + lax.div(column, jnp.int32(rank))
-        r, real = lax.rem(column, jnp.int32(rank)), column < here * rank
+        r, real = lax.rem(column, jnp.int32(rank)), None
+        if here * rank < column.shape[0]:
+            real = column < here * rank
         first = split * (steps * block_k)
         in_tokens = rows < tokens if tokens % tile else None
 
@@ -125,19 +134,21 @@ def _shrink_kernel(
                 k = first + step * block_k + jnp.arange(block_k, dtype=jnp.int32)
                 in_k = k < d_in if d_in % (block_k * config.splits) else None
                 in_x, in_a = mask_of(rows, k, in_tokens, in_k), mask_of(column, k, real, in_k)
-                x = load(x_ref, rows[:, None], k[None, :], mask=in_x)
                 a = load(a_ref, layer, block, part[:, None], r[:, None], k[None, :], mask=in_a)
+                if tile == 1:
+                    x = load(x_ref, tile_index, k, mask=in_k).astype(jnp.float32)
+                    return h + a.astype(jnp.float32) * x[None, :]
+                x = load(x_ref, rows[:, None], k[None, :], mask=in_x)
                 return h + dot(x, a.astype(x.dtype), (1, 1))
 
-            h = jnp.zeros((tile, column.shape[0]), jnp.float32)
-            h = lax.fori_loop(0, steps, one_step, h)
+            shape = (column.shape[0], block_k) if tile == 1 else (tile, column.shape[0])
+            h = lax.fori_loop(0, steps, one_step, jnp.zeros(shape, jnp.float32))
+            if tile == 1:
+                h = jnp.sum(h, axis=1)[None, :]
             # Other slots' tokens of the tile have been computed too, and are not stored.
             mine = load(token_slots_ref, rows, mask=rows < tokens) == slot
-            plgpu.store(
-                h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]],
-                h,
-                mask=(mine & (rows < tokens))[:, None] & real[None, :],
-            )
+            at = h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]]
+            plgpu.store(at, h, mask=mask_of(rows, column, mine & (rows < tokens), real))
             return blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
 
         lax.fori_loop(0, counts_ref[slot], one_block, blocks_ref[slot, 0])
@@ -156,7 +167,7 @@ def lora_shrink_gpu(
     (tokens, d_in), (_, _, parts, rank, _) = x.shape, a.shape
     check_block_rank(rank)
     pairs = routing.pair_slot.shape[0]
-    config = ShrinkConfig.choose(tokens, d_in, parts, rank, x.dtype.itemsize, routing.tile)
+    config = ShrinkConfig.choose(tokens, d_in, parts, rank, x.dtype.itemsize)
     shape = (config.splits, tokens, slots.blocks.shape[1], parts, rank)
     return pl.pallas_call(
         functools.partial(_shrink_kernel, tile=routing.tile, config=config),

@@ -168,7 +168,9 @@ def largest(tensor: np.ndarray) -> float:
         return 0.0
     if tensor.dtype == np.float64:
         return float(np.abs(tensor).max())
-    # The bits without the sign are ordered as the magnitudes are, and integers compare fast.
-    unsigned = np.dtype(f"u{tensor.dtype.itemsize}")
-    bits = (tensor.view(unsigned) & np.iinfo(unsigned).max // 2).max()
-    return float(bits.reshape(1).view(tensor.dtype)[0])
+    # As integers the numbers of one sign are ordered by magnitude: the largest signed one is the
+    # largest positive number, the largest unsigned one the most negative, if there is any.
+    size = tensor.dtype.itemsize
+    positive, negative = (tensor.view(f"{kind}{size}").max() for kind in "iu")
+    bits = max(int(positive), int(negative) & ((1 << (8 * size - 1)) - 1))
+    return float(np.array(bits, f"u{size}").reshape(1).view(tensor.dtype)[0])

@@ -12,16 +12,19 @@ from jaxtyping import Array, Float, Int
 
 from jlora.config import ModelConfig
 from jlora.model.adapters import TokenAdapters
-from jlora.model.decoder_layer import DecoderLayer
+from jlora.model.decoder_layer import DecoderLayer, normed_by
 from jlora.model.layers import AXIS, RMSNorm, StepContext, scaled
 from jlora.model.vocabulary import Embedding, LMHead, head_logits, known_tokens, stored_vocab
 from jlora.projections import projection_table
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_layer(graph: Any, params: Any, hidden: Any, kv: Any, layer: Any, step: StepContext) -> Any:
+def _run_layer(
+    graph: Any, params: Any, hidden: Any, normed: Any, kv: Any, layer: Any, step: StepContext
+) -> Any:
     """One layer; being a jit of its own it is traced and lowered once for all layers alike."""
-    return nnx.merge(graph, params)(hidden, kv, layer, step)
+    module, next_norm = nnx.merge(graph, params)
+    return module(hidden, normed, kv, layer, step, next_norm)
 
 
 class Decoder(nnx.Module):
@@ -49,10 +52,13 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "tokens hidden"], Array]:
         """-> the hidden states after the last norm, and kv with the tokens' keys and values."""
         hidden = scaled(self.embed(tokens, step.adapters), self.config.embedding_scale)
+        norms = [*(module.attention_norm for module in self.layers), self.norm]
+        normed = normed_by(norms[0], hidden)
         for layer, module in enumerate(self.layers):
-            graph, params = nnx.split(module)
-            hidden, kv = _run_layer(graph, params, hidden, kv, jnp.int32(layer), step)
-        return self.norm(hidden), kv
+            graph, params = nnx.split((module, norms[layer + 1]))
+            carry = (hidden, normed, kv)
+            hidden, normed, kv = _run_layer(graph, params, *carry, jnp.int32(layer), step)
+        return normed, kv
 
     def logits(
         self, hidden: Float[Array, "rows hidden"], adapters: TokenAdapters | None = None

@@ -142,20 +142,39 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "tokens hidden"],
+        normed: Float[Array, "tokens hidden"],
         kv: Float[Array, "pages page_size kv_heads_2 kv_head_dim"],
         layer: int | Int[Array, ""],
         step: StepContext,
+        next_norm: RMSNorm | None,
+    ) -> tuple[Array, Array, Array]:
+        """-> hidden, its norm by `next_norm`, kv.
+
+        normed: hidden after the layer's own first norm. A norm follows the sum that it is of, and
+        that of the last sum is the next layer's. The layer's pages are `pages_per_layer` after
+        those of the last.
+        """
+        out, kv = self.attention(normed, kv, layer, step)
+        hidden, normed = self.add(hidden, out, self.attention_out_norm, self.mlp_norm, step)
+        out = self.mlp(normed, layer, step)
+        return *self.add(hidden, out, self.mlp_out_norm, next_norm, step), kv
+
+    def add(
+        self,
+        hidden: Array,
+        out: Array,
+        out_norm: RMSNorm | None,
+        next_norm: RMSNorm | None,
+        step: StepContext,
     ) -> tuple[Array, Array]:
-        """-> hidden, kv; the layer's pages are `pages_per_layer` after those of the last."""
-        out, kv = self.attention(_normed(self.attention_norm, hidden), kv, layer, step)
-        hidden = hidden + self.change(_normed(self.attention_out_norm, out))
-        out = self.mlp(_normed(self.mlp_norm, hidden), layer, step)
-        return hidden + self.change(_normed(self.mlp_out_norm, out)), kv
-
-    def change(self, out: Array) -> Array:
-        """What is added to the residual stream."""
-        return scaled(out, self.residual_scale)
+        """hidden plus what changes it, and the next norm of that."""
+        if out_norm is None and next_norm is not None and self.residual_scale == 1:
+            arrays = (hidden, out, next_norm.weight[...], next_norm.rule)
+            return kernels.add_and_norm(*arrays, implementation=step.implementation)
+        hidden = hidden + scaled(normed_by(out_norm, out), self.residual_scale)
+        return hidden, normed_by(next_norm, hidden)
 
 
-def _normed(norm: RMSNorm | None, x: Array) -> Array:
+def normed_by(norm: RMSNorm | None, x: Array) -> Array:
+    """x itself where there is no norm."""
     return x if norm is None else norm(x)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.kernels import Implementation, LoRADelta
+from jlora.kernels import Implementation, LoRADelta, NormRule
 from jlora.model.adapters import TokenAdapters
 from jlora.projections import Projection
 
@@ -57,7 +57,7 @@ class StepContext:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, the mean in float32 (Zhang and Sennrich 2019).
+    """`kernels.rms_norm` with its weight.
 
     sharded: x is one device's share of the width (some of it may be on several devices, all of it
     equally often), and the mean is over all devices.
@@ -65,19 +65,11 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, config: ModelConfig, sharded: bool = False) -> None:
         self.weight = nnx.Param(jnp.ones(width, jnp.dtype(config.dtype)))
-        self.eps, self.sharded = config.rms_norm_eps, sharded
-        self.in_float32, self.offset = config.norm_in_float32, config.norm_offset
+        self.rule = NormRule(config.rms_norm_eps, config.norm_offset, config.norm_in_float32)
+        self.axis_name = AXIS if sharded else None
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        wide = x.astype(jnp.float32)
-        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        if self.sharded:
-            mean = jax.lax.pmean(mean, AXIS)
-        wide = wide * jax.lax.rsqrt(mean + self.eps)
-        weight = self.weight[...]
-        if self.in_float32:
-            return ((self.offset + weight.astype(jnp.float32)) * wide).astype(x.dtype)
-        return weight * wide.astype(x.dtype)
+        return kernels.rms_norm(x, self.weight[...], self.rule, self.axis_name)
 
 
 def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
@@ -92,7 +84,7 @@ class LoRALinear(nnx.Module):
         width = row.stored_width(shards)
         self.weight = nnx.Param(jnp.zeros((row.d_in, width), dtype))
         self.bias = nnx.Param(jnp.zeros(width, dtype)) if row.bias else None
-        self.name, self.sums = row.name, row.shard == "in"
+        self.name, self.sums = row.name, row.shard == "in" and shards > 1
         self.part_widths = row.local_widths(shards)
         self.piece_widths = row.local_pieces(shards)
 

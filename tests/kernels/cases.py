@@ -58,6 +58,7 @@ from tests.kernels.lora_cases import (
     shrink_oracle,
     used_blocks,
 )
+from tests.kernels.norm_cases import NORM_CASES, NormCase, check_norm, norm_call
 from tests.kernels.rope_cases import ROPE_CASES, RopeCase, check_rope, rope_call
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "GATED_CASES",
     "GROUPED_CASES",
     "LORA_CASES",
+    "NORM_CASES",
     "NUMPY_DTYPE",
     "ROPE_CASES",
     "TOLERANCE",
@@ -76,6 +78,7 @@ __all__ = [
     "GroupedCase",
     "LoRACase",
     "LoRAInputs",
+    "NormCase",
     "RopeCase",
     "WriteCase",
     "assert_close",
@@ -87,6 +90,7 @@ __all__ = [
     "check_expand",
     "check_gated",
     "check_grouped",
+    "check_norm",
     "check_rope",
     "check_shrink",
     "check_shrink_expand",
@@ -102,6 +106,7 @@ __all__ = [
     "grouped_call",
     "grouped_oracle",
     "lora_call",
+    "norm_call",
     "padded_pages",
     "rope_call",
     "run",

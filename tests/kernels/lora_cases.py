@@ -319,6 +319,11 @@ LORA_CASES = [
     LoRACase("one-tile", 64, (16,) * 12, 136, (96, 24), order="sorted"),
     LoRACase("one-tile-gaps", 24, (40, 16, 0, 8), 576, _QKV, order="grouped", without=0.3),
     LoRACase("one-tile-f32", 30, (16, 24), 300, (1000,), "float32", "grouped", splits=3),
+    LoRACase(
+        "grouped-33-slots", 60, (16, 8, 0, 40, 24) * 6 + (3,) * 3, 72, (72, 72), order="grouped"
+    ),
+    LoRACase("grouped-8-slots", 8, (16, 8, 0, 40) * 2, 300, (72,), "float32", "grouped", 0.3),
+    LoRACase("grouped-block8", 9, (4, 8, 20, 3), 72, _QKV, "float16", "grouped", block_rank=8),
     LoRACase("five-tiles", 300, (16, 8, 0, 40), 72, (72, 100), order="grouped", without=0.2),
     LoRACase("two-tiles", 129, (16, 8, 0, 40), 136, (72, 100), order="grouped", without=0.2),
     LoRACase("large-tiles", 1030, (16, 8, 24), 72, (72, 40), order="grouped", without=0.1),

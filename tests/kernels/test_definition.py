@@ -48,6 +48,11 @@ def test_gated(case):
     cases.check_gated(case, "xla")
 
 
+@pytest.mark.parametrize("case", cases.NORM_CASES, ids=by_id)
+def test_add_and_norm(case):
+    cases.check_norm(case, "xla")
+
+
 @pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
 def test_rope_and_write_kv(case):
     cases.check_rope(case, "xla")
