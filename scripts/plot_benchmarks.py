@@ -1,5 +1,8 @@
 """Draws docs/decode.png from the figures in docs/benchmarks/: milliseconds a decode step.
 
+Dotted is the floor: the bytes that a step must read (weights, the adapters in use, the KV of its
+sequences, each once) at the bandwidth that `bench_engine.py --what bandwidth` measured.
+
 Needs matplotlib, which nothing else here needs and jlora does not install ("plot").
 
     python scripts/plot_benchmarks.py
@@ -11,6 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
+# The 8B of bench_engine.py in bfloat16: bytes of its layers and output matrix, of one adapter of
+# rank 16, and of the keys and values of a token.
+WEIGHT_BYTES = 2 * (32 * 4096 * (6144 + 4096 + 3 * 14336) + 128256 * 4096)
+ADAPTER_BYTES = 2 * 16 * 32 * (3 * 4096 + 6144 + 2 * 4096 + 2 * 4096 + 2 * 14336 + 14336 + 4096)
+KV_BYTES = 2 * 2 * 32 * 8 * 128
+MEAN_CONTEXT = 128 + 34  # of the tokens that are timed
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ENGINES = {
     "jlora": ("jlora_h100_8b_r16.jsonl", "-o"),
@@ -27,6 +36,18 @@ def decode_steps(path: Path) -> dict[int, list[tuple[int, float]]]:
         if row["what"] == "decode":
             steps.setdefault(row["adapters"], []).append((row["batch"], row["ms_per_step"]))
     return steps
+
+
+def floor(adapters: int, batch: int, bandwidth: float) -> float:
+    """Milliseconds that reading everything once takes; bandwidth: bytes a second."""
+    size = WEIGHT_BYTES + min(adapters, batch) * ADAPTER_BYTES + batch * MEAN_CONTEXT * KV_BYTES
+    return size / bandwidth * 1e3
+
+
+def measured_bandwidth(path: Path) -> float:
+    """Bytes a second, of the "bandwidth" line."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return next(row["gb_s"] for row in rows if row["what"] == "bandwidth") * 1e9
 
 
 def main() -> None:
@@ -47,6 +68,10 @@ def main() -> None:
             batches, times = map(list, zip(*sorted(points), strict=True))
             label = f"{engine}, {adapters or 'no'} adapters"
             axes.plot(batches, times, style, color=COLOURS[adapters], ms=4, label=label)
+    bandwidth = measured_bandwidth(args.data / ENGINES["jlora"][0])
+    for adapters, colour in COLOURS.items():
+        floors = [floor(adapters, batch, bandwidth) for batch in batches]
+        axes.plot(batches, floors, ":", color=colour, label=f"floor, {adapters or 'no'} adapters")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set_ylim(bottom=0)
