@@ -36,9 +36,9 @@ class ExpandConfig:
     num_stages: int = 2
 
     @staticmethod
-    def choose(tile: int, part_widths: tuple[int, ...], gate: bool = False) -> ExpandConfig:
+    def choose(tokens: int, tile: int, part_widths: tuple[int, ...], gate: bool = False):
         """What was best on an H100 for an 8B's projections: see docs/benchmarks.md."""
-        block_n = {1: 512, 16: 256}.get(tile, 128)
+        block_n = {1: 512 if tokens > 8 else 256, 16: 256}.get(tile, 128)
         num_warps = 2 if gate and tile == 16 else 4
         return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))), num_warps)
 
@@ -175,7 +175,7 @@ def lora_expand_gpu(
     interpret: bool = False,
 ) -> Float[Array, "tokens d_out"]:
     """See `jlora.kernels.lora_expand`. y is updated in place where XLA lets it."""
-    config = ExpandConfig.choose(delta.routing.tile, part_widths)
+    config = ExpandConfig.choose(y.shape[0], delta.routing.tile, part_widths)
     column_tiles = sum(pl.cdiv(width, config.block_n) for width in part_widths)
     return pl.pallas_call(
         functools.partial(_expand_kernel, part_widths=part_widths, block_n=config.block_n),
@@ -225,7 +225,7 @@ def gated_gpu(
 ) -> Float[Array, "tokens half"]:
     """See `jlora.kernels.gated`."""
     tokens, half, routing = y.shape[0], y.shape[1] // 2, delta.routing
-    config = ExpandConfig.choose(routing.tile, (half,), gate=True)
+    config = ExpandConfig.choose(tokens, routing.tile, (half,), gate=True)
     items = routing.pair_slot.shape[0] + pl.cdiv(tokens, routing.tile)
     return pl.pallas_call(
         functools.partial(_gated_kernel, activation=activation, block_n=config.block_n),

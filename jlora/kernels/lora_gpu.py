@@ -128,6 +128,8 @@ def _shrink_kernel(
             real = column < here * rank
         first = split * (steps * block_k)
         in_tokens = rows < tokens if tokens % tile else None
+        # Other slots' tokens of the tile are computed too, and not stored.
+        mine = load(token_slots_ref, rows, mask=rows < tokens) == slot
 
         def one_block(j, block):
             def one_step(step, h):
@@ -145,8 +147,6 @@ def _shrink_kernel(
             h = lax.fori_loop(0, steps, one_step, jnp.zeros(shape, jnp.float32))
             if tile == 1:
                 h = jnp.sum(h, axis=1)[None, :]
-            # Other slots' tokens of the tile have been computed too, and are not stored.
-            mine = load(token_slots_ref, rows, mask=rows < tokens) == slot
             at = h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]]
             plgpu.store(at, h, mask=mask_of(rows, column, mine & (rows < tokens), real))
             return blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
