@@ -17,6 +17,7 @@ from jaxtyping import Array
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
 from jlora.engine.pool_layout import MATRIX, WHOLE, row_shapes, row_specs, stored_matrix
+from jlora.engine.staging import StagingBuffers
 from jlora.kernels import SlotTable
 from jlora.manager import (
     BlockWrite,
@@ -55,6 +56,7 @@ class AdapterPool:
         self._shards, self._dtype = mesh.shape[AXIS], dtype
         self._model, self._base_weight = model, base_weight
         self._version = -1
+        self._staging = StagingBuffers()
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         rows = {row.name: self._row(row) for row in pool_rows(modules, config)}
         slots, hidden = config.max_loras + 1, modules.config.hidden_size
@@ -129,6 +131,7 @@ class AdapterPool:
             scales = np.ones((*each, len(row.parts)), np.float32)
             for dtype in STAGING_DTYPES:
                 self._write_block(row, 0, 0, np.zeros(a, dtype), np.zeros(b, dtype), scales)
+                self._staging = StagingBuffers()  # these zeros are not worth keeping
         for row in feature_rows(self._modules, self._config):
             pool, width = self.state.rows[row.name], row.stored_width(self._shards)
             layers = self._modules.num_layers if row.per_layer else 1
@@ -156,10 +159,11 @@ class AdapterPool:
             raise
 
     def _apply(self, manager: LoRAModelManager, writes: list[Write]) -> None:
+        self._staging.wait()  # since the last step, so that this hardly ever waits
         for write in writes:
             if isinstance(write, BlockWrite):
-                row = write.projection
-                self._write_block(row, write.layer or 0, write.block, *write.arrays(self._shards))
+                arrays = write.arrays(self._shards, self._staging.empty)
+                self._write_block(write.projection, write.layer or 0, write.block, *arrays)
         if manager.version != self._version:
             rows = {
                 name: dataclasses.replace(row, slots=self._table(manager.slot_maps[name]))
@@ -231,8 +235,8 @@ class AdapterPool:
             pool.a,
             pool.b,
             *self._put((at, scales)),
-            self._put(a, a_in),
-            self._put(b, b_in),
+            self._staging.send(a, NamedSharding(self._mesh, a_in)),
+            self._staging.send(b, NamedSharding(self._mesh, b_in)),
         )
         self._set_row(row.name, a=new_a, b=new_b)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -110,8 +110,12 @@ class BlockWrite:
             for layer in layers
         ]
 
-    def arrays(self, shards: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(
+        self, shards: int, empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the device needs to fill the block, in the adapter's own dtype.
+
+        empty: makes arrays that may hold anything, of a shape and dtype.
 
         Returns a [layers, experts, parts, rank, d_in], b [layers, experts, stored width, rank]
         (rows placed for `shards` devices; the device transposes), and each part's scale [layers,
@@ -124,15 +128,17 @@ class BlockWrite:
             [part for layer in packed for one in layer for part in one.parts if part is not None]
         )
         count, experts, parts = len(packed), len(packed[0]), len(row.parts)
-        a = np.zeros((count, experts, parts, rank, row.d_in), dtype)
-        b = np.zeros((count, experts, int(starts[-1]), rank), dtype)
+        a = empty((count, experts, parts, rank, row.d_in), dtype)
+        b = empty((count, experts, int(starts[-1]), rank), dtype)
         scales = np.ones((count, experts, parts), np.float32)
         rows = slice(self.first_rank, self.first_rank + rank)
         for layer, expert, part, weights in _parts(packed):
-            lora_a, lora_b = weights.lora_a[rows], weights.lora_b[:, rows]
-            a[layer, expert, part, : len(lora_a), : lora_a.shape[1]] = lora_a
-            start = starts[part]
-            b[layer, expert, start : start + len(lora_b), : lora_b.shape[1]] = lora_b
+            to_a, to_b = a[layer, expert, part], b[layer, expert, starts[part] : starts[part + 1]]
+            if weights is None:
+                to_a[:], to_b[:] = 0, 0
+                continue
+            _place(weights.lora_a[rows], to_a)
+            _place(weights.lora_b[:, rows], to_b)
             scales[layer, expert, part] = weights.scaling
         if shards > 1:
             b = b[:, :, row.columns(shards)]
@@ -141,12 +147,19 @@ class BlockWrite:
 
 def _parts(
     packed: list[list[PackedLoRALayerWeights]],
-) -> Iterable[tuple[int, int, int, LoRALayerWeights]]:
+) -> Iterable[tuple[int, int, int, LoRALayerWeights | None]]:
     for layer, experts in enumerate(packed):
         for expert, one in enumerate(experts):
             for part, weights in enumerate(one.parts):
-                if weights is not None:
-                    yield layer, expert, part, weights
+                yield layer, expert, part, weights
+
+
+def _place(matrix: np.ndarray, into: np.ndarray) -> None:
+    """The matrix at the beginning, zeros after it."""
+    rows, columns = matrix.shape
+    into[:rows, :columns] = matrix
+    into[rows:] = 0
+    into[:rows, columns:] = 0
 
 
 def staging_dtype(layers: list[LoRALayerWeights]) -> np.dtype:
