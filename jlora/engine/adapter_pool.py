@@ -159,11 +159,11 @@ class AdapterPool:
             raise
 
     def _apply(self, manager: LoRAModelManager, writes: list[Write]) -> None:
-        self._staging.wait()  # since the last step, so that this hardly ever waits
         for write in writes:
             if isinstance(write, BlockWrite):
                 arrays = write.arrays(self._shards, self._staging.empty)
                 self._write_block(write.projection, write.layer or 0, write.block, *arrays)
+        self._staging.wait()  # what was sent takes device memory until then
         if manager.version != self._version:
             rows = {
                 name: dataclasses.replace(row, slots=self._table(manager.slot_maps[name]))

@@ -50,14 +50,19 @@ def page_bytes(
 
 
 def step_bytes(model: ModelConfig, tokens: int, seqs: int, shards: int) -> int:
-    """An upper estimate of a step's temporaries: the widest activations, and logits to sort."""
+    """An upper estimate of a step's temporaries: the widest activations, and logits to sort.
+
+    And of what its compilation takes: XLA tries a matmul out on a weight of its own.
+    """
     itemsize, hidden = jnp.dtype(model.dtype).itemsize, model.hidden_size
     if model.num_experts:  # a row for each expert of a token, its products in float32 at first
         row = 4 * model.moe_intermediate_size // shards * (itemsize + 4) + 2 * hidden * itemsize
         token = model.num_experts_per_tok * (row + 3 * hidden * 4) + 6 * hidden * itemsize
     else:
         token = (4 * model.intermediate_size // shards + 6 * hidden) * itemsize
-    return tokens * token + 6 * seqs * model.total_vocab * 4 + MARGIN_BYTES
+    widest = max(model.total_vocab, 0 if model.num_experts else 2 * model.intermediate_size)
+    tried_out = hidden * widest // shards * itemsize
+    return tokens * token + 6 * seqs * model.total_vocab * 4 + tried_out + MARGIN_BYTES
 
 
 def num_kv_pages(
