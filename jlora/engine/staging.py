@@ -43,8 +43,8 @@ class StagingBuffers:
             self._arrived(self._sent[0])
 
     def _arrived(self, one: tuple[jax.Array, np.ndarray]) -> None:
-        one[0].block_until_ready()
         self._sent = [other for other in self._sent if other is not one]
+        one[0].block_until_ready()
         if any(device.platform == "cpu" for device in one[0].devices()):
             return  # the device's array may be this very memory
         free = self._free.setdefault((one[1].shape, one[1].dtype), [])

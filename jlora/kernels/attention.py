@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-SIDE_BY_SIDE = 64  # queries
 MASKED = -1e30  # finite: a row without any key gives zeros, not NaN
 
 
@@ -73,17 +72,17 @@ def ragged_paged_attention_xla(
     """See `jlora.kernels.ragged_paged_attention`.
 
     A tile of queries at a time, page by page, with a running softmax (Milakov and Gimelshein 2018).
-    With few queries each is a tile, and the tiles go through their pages together.
     """
     tokens, heads, head_dim = q.shape
     _, page_size, kv_heads_2, _ = kv_pages.shape
     kv_heads = kv_heads_2 // 2
-    tile = 1 if tokens <= SIDE_BY_SIDE else 32
+    tile = 8 if tokens <= 64 else 32
+    tiles = query_tiles(cu_q_lens, num_seqs, tokens, tile)
     highest = jax.lax.Precision.HIGHEST
     q = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
 
-    def attend(seq, start):
-        """The answers of the tile that begins with the start-th query of a sequence."""
+    def one_tile(index, out):
+        seq, start = tiles.seq[index], tiles.start[index]
         row, length = cu_q_lens[seq] + start, kv_lens[seq]
         first = length - (cu_q_lens[seq + 1] - cu_q_lens[seq]) + start  # position of row 0
         q_position = (first + jnp.arange(tile))[:, None]
@@ -124,20 +123,11 @@ def ragged_paged_attention_xla(
         pages = (oldest // page_size, (length + page_size - 1) // page_size)
         _, total, mixed = jax.lax.fori_loop(*pages, one_page, empty)
         answer = mixed / jnp.maximum(total, 1e-30)  # [kv_heads, group, tile, head_dim]
-        return answer.transpose(2, 0, 1, 3).reshape(tile, heads, head_dim).astype(q.dtype)
-
-    def one_tile(index, out):
-        seq, start = tiles.seq[index], tiles.start[index]
+        answer = answer.transpose(2, 0, 1, 3).reshape(tile, heads, head_dim).astype(q.dtype)
         # Rows past the sequence's last are those of the next tile, which comes later.
-        at = cu_q_lens[seq] + start
-        return jax.lax.dynamic_update_slice_in_dim(out, attend(seq, start), at, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(out, answer, row, axis=0)
 
-    if tile == 1:
-        seqs = token_sequences(cu_q_lens, tokens)
-        out = jax.vmap(attend)(seqs, jnp.arange(tokens) - cu_q_lens[seqs])[:, 0]
-    else:
-        tiles = query_tiles(cu_q_lens, num_seqs, tokens, tile)
-        out = jax.lax.fori_loop(0, tiles.num_tiles, one_tile, jnp.zeros_like(q))
+    out = jax.lax.fori_loop(0, tiles.num_tiles, one_tile, jnp.zeros_like(q))
     real = jnp.arange(tokens) < cu_q_lens[num_seqs[0]]
     return jnp.where(real[:, None, None], out[:tokens], 0)
 

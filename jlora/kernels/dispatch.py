@@ -157,7 +157,7 @@ def gated(
     """
     half = y.shape[1] // 2
     if delta is not None:
-        if _resolve(implementation) == "gpu":
+        if _resolve(implementation) == "gpu" and expand_gpu.takes(activation):
             return expand_gpu.gated_gpu(y, delta, activation, interpret=interpret)
         widths = (half, half) if delta.h.shape[3] == 2 else (2 * half,)
         y = lora_expand(y, delta, widths, implementation=implementation, interpret=interpret)

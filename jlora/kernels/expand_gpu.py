@@ -101,9 +101,10 @@ def _deltas(delta: LoRADelta | None, slot, rows, mine, pieces, in_columns) -> li
     def times_b(h, columns, block):
         in_b = mask_of(r, columns, in_rank, in_columns)
         b = load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
+        h = h.astype(b.dtype)
         if shape[0] == 1:
-            return jnp.sum(h[:, None] * b.astype(jnp.float32), axis=0)[None, :]
-        return dot(h.astype(b.dtype), b, (1, 0))
+            return jnp.sum(h.astype(jnp.float32)[:, None] * b.astype(jnp.float32), axis=0)[None, :]
+        return dot(h, b, (1, 0))
 
     def one_block(j, carry):
         block, sums = carry  # each block's number is loaded a turn ahead
@@ -214,6 +215,11 @@ def _gated_kernel(
         gate, up = (old.astype(jnp.float32) + new for old, new in zip(y, more, strict=True))
         out = (activation(gate) * up).astype(out_ref.dtype)
         plgpu.store(out_ref.at[rows[:, None], columns[None, :]], out, mask=in_y)
+
+
+def takes(activation: Callable[[Array], Array]) -> bool:
+    """Whether Triton can compute it: Pallas knows neither erf nor erfc there (the exact gelu)."""
+    return "erf" not in str(jax.make_jaxpr(activation)(jnp.float32(0)))
 
 
 def gated_gpu(

@@ -4,6 +4,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from jlora.engine.staging import StagingBuffers
 
@@ -45,6 +46,23 @@ def test_buffers_are_filled_again_once_they_have_arrived(monkeypatch):
     staging.wait()
     assert [float(one.value.max()) for one in sent] == list(range(6))
     assert staging.empty((4, 4), np.float16).ctypes.data in seen
+
+
+def test_a_transfer_that_fails_is_told_once(monkeypatch):
+    """And its buffer, which may still be read, is not used again."""
+    monkeypatch.setattr(jax, "device_put", lambda array, _: FakeArray(array))
+    staging = StagingBuffers()
+    lost = staging.empty((4, 4), np.float16)
+    sent = staging.send(lost, SHARDING)
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(sent, "block_until_ready", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        staging.wait()
+    staging.wait()
+    assert staging.empty((4, 4), np.float16).ctypes.data != lost.ctypes.data
 
 
 def test_shapes_and_dtypes_are_kept_apart(monkeypatch):

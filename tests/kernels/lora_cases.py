@@ -197,14 +197,16 @@ def expand_call(case: LoRACase, inputs: LoRAInputs, h, implementation, interpret
     return lora_call(case, inputs, expand, inputs.y, h, inputs.b)
 
 
-def gated_call(case: LoRACase, inputs: LoRAInputs, implementation, interpret=False) -> Call:
+def gated_call(
+    case: LoRACase, inputs: LoRAInputs, implementation, interpret=False, activation=jax.nn.silu
+) -> Call:
     """For cases of two equal parts."""
 
     def gated(layer, token_slots, slots, y, h, b):
         routing = routing_of(case, token_slots, implementation)
         delta = kernels.LoRADelta(h, b, layer, routing, slots)
         return kernels.gated(
-            y, delta, jax.nn.silu, implementation=implementation, interpret=interpret
+            y, delta, activation, implementation=implementation, interpret=interpret
         )
 
     return lora_call(case, inputs, gated, inputs.y, inputs.h, inputs.b)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jlora import kernels
+from jlora.model.layers import ACTIVATIONS
 from tests.kernels import cases
 
 by_id = operator.attrgetter("id")
@@ -135,17 +136,29 @@ EVERY_CALL = [
 ]
 
 
-@pytest.mark.parametrize(("make_call", "case"), EVERY_CALL)
-def test_lowers_to_triton(make_call, case):
-    """Shapes, masks and primitives that Triton would refuse are refused without a GPU, too."""
-    call = make_call(case)
+def triton_kernels(call: cases.Call) -> int:
+    """How many there are in the call as it is lowered for a GPU."""
     h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
         traced = jax.jit(call.function).trace(*call.arguments)
         lowered = traced.lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("@__gpu$xla.gpu.triton")
+
+
+@pytest.mark.parametrize(("make_call", "case"), EVERY_CALL)
+def test_lowers_to_triton(make_call, case):
+    """Shapes, masks and primitives that Triton would refuse are refused without a GPU, too."""
     # A head that turns in part is written after expand; a row can be too wide for the kernel.
     kernels_of_call = {"partial": 2, "too-wide": 0}.get(case.id, 1)
-    assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels_of_call
+    assert triton_kernels(make_call(case)) == kernels_of_call
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_lowers_to_triton(name):
+    """One that Triton cannot compute is XLA's, after expand."""
+    case = cases.GATED_CASES[0]
+    inputs = cases.draw_lora(case)
+    assert triton_kernels(cases.gated_call(case, inputs, "gpu", activation=ACTIVATIONS[name])) == 1
 
 
 def test_block_rank_refused():
