@@ -98,8 +98,9 @@ def test_narrow_last_tiles(monkeypatch):
 @pytest.mark.parametrize("case", LORA, ids=by_id)
 @pytest.mark.parametrize("check", LORA_CHECKS)
 def test_every_lora_case(check, case, races):
-    columns = sum(case.part_widths)
-    whole = columns <= lora_tpu.COLUMN_TILE or columns % lora_tpu.COLUMN_TILE == 0
+    """The race detector's interpreter does not take an aliased array that ends within a tile."""
+    sizes = (case.tokens, lora_tpu.TOKEN_TILE), (sum(case.part_widths), lora_tpu.COLUMN_TILE)
+    whole = all(size <= tile or size % tile == 0 for size, tile in sizes)
     check(case, "tpu", races if whole else True)
 
 
