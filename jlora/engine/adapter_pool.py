@@ -131,7 +131,6 @@ class AdapterPool:
             scales = np.ones((*each, len(row.parts)), np.float32)
             for dtype in STAGING_DTYPES:
                 self._write_block(row, 0, 0, np.zeros(a, dtype), np.zeros(b, dtype), scales)
-                self._staging = StagingBuffers()  # these zeros are not worth keeping
         for row in feature_rows(self._modules, self._config):
             pool, width = self.state.rows[row.name], row.stored_width(self._shards)
             layers = self._modules.num_layers if row.per_layer else 1
@@ -162,7 +161,8 @@ class AdapterPool:
         for write in writes:
             if isinstance(write, BlockWrite):
                 arrays = write.arrays(self._shards, self._staging.empty)
-                self._write_block(write.projection, write.layer or 0, write.block, *arrays)
+                at = (write.projection, write.layer or 0, write.block)
+                self._write_block(*at, *arrays, put=self._staging.send)
         self._staging.wait()  # what was sent takes device memory until then
         if manager.version != self._version:
             rows = {
@@ -219,8 +219,9 @@ class AdapterPool:
         a: np.ndarray,
         b: np.ndarray,
         scales: np.ndarray,
+        put: Callable[[np.ndarray, NamedSharding], Array] = jax.device_put,
     ) -> None:
-        """Of `BlockWrite.arrays`; block is counted without experts."""
+        """Of `BlockWrite.arrays`; block is counted without experts. put: sends a and b."""
         a_in = PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else WHOLE
         b_in = PartitionSpec(None, None, AXIS, None) if row.shard == "out" else WHOLE
         pool, at = (
@@ -235,8 +236,8 @@ class AdapterPool:
             pool.a,
             pool.b,
             *self._put((at, scales)),
-            self._staging.send(a, NamedSharding(self._mesh, a_in)),
-            self._staging.send(b, NamedSharding(self._mesh, b_in)),
+            put(a, NamedSharding(self._mesh, a_in)),
+            put(b, NamedSharding(self._mesh, b_in)),
         )
         self._set_row(row.name, a=new_a, b=new_b)
 

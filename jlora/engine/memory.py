@@ -50,19 +50,20 @@ def page_bytes(
 
 
 def step_bytes(model: ModelConfig, tokens: int, seqs: int, shards: int) -> int:
-    """An upper estimate of a step's temporaries: the widest activations, and logits to sort.
-
-    And of what its compilation takes: XLA tries a matmul out on a weight of its own.
-    """
+    """An upper estimate of a step's temporaries: the widest activations, and logits to sort."""
     itemsize, hidden = jnp.dtype(model.dtype).itemsize, model.hidden_size
     if model.num_experts:  # a row for each expert of a token, its products in float32 at first
         row = 4 * model.moe_intermediate_size // shards * (itemsize + 4) + 2 * hidden * itemsize
         token = model.num_experts_per_tok * (row + 3 * hidden * 4) + 6 * hidden * itemsize
     else:
         token = (4 * model.intermediate_size // shards + 6 * hidden) * itemsize
+    return tokens * token + 6 * seqs * model.total_vocab * 4 + MARGIN_BYTES
+
+
+def autotuning_bytes(model: ModelConfig, shards: int) -> int:
+    """What compiling takes on a GPU: XLA tries a matmul out on a weight of its own."""
     widest = max(model.total_vocab, 0 if model.num_experts else 2 * model.intermediate_size)
-    tried_out = hidden * widest // shards * itemsize
-    return tokens * token + 6 * seqs * model.total_vocab * 4 + tried_out + MARGIN_BYTES
+    return model.hidden_size * widest // shards * jnp.dtype(model.dtype).itemsize
 
 
 def num_kv_pages(
@@ -97,9 +98,12 @@ def num_kv_pages(
 def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int) -> int:
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes
-    stats = jax.devices()[0].memory_stats()
+    device = jax.devices()[0]
+    stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_KV_BYTES
     seqs = min(args.max_num_seqs, max_tokens)
     left = stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform == "gpu":
+        left -= autotuning_bytes(model, shards)
     return max(left - step_bytes(model, max_tokens, seqs, shards), 0)

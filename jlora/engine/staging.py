@@ -24,11 +24,11 @@ class StagingBuffers:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array of whatever its last use left, to be filled and sent."""
-        key = (shape, np.dtype(dtype))
-        on_its_way = [one for one in self._sent if (one[1].shape, one[1].dtype) == key]
-        if not self._free.get(key) and len(on_its_way) >= _EACH:
-            self._arrived(on_its_way[0])
-        free = self._free.get(key)
+        kind = (shape, np.dtype(dtype))
+        on_its_way = [one for one in self._sent if _kind(one[1]) == kind]
+        if not self._free.get(kind) and len(on_its_way) >= _EACH:
+            self._arrived(*on_its_way[0])
+        free = self._free.get(kind)
         return free.pop() if free else np.empty(shape, dtype)
 
     def send(self, array: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -40,13 +40,17 @@ class StagingBuffers:
     def wait(self) -> None:
         """Until everything has arrived; what was sent is forgotten here."""
         while self._sent:
-            self._arrived(self._sent[0])
+            self._arrived(*self._sent[0])
 
-    def _arrived(self, one: tuple[jax.Array, np.ndarray]) -> None:
-        self._sent = [other for other in self._sent if other is not one]
-        one[0].block_until_ready()
-        if any(device.platform == "cpu" for device in one[0].devices()):
+    def _arrived(self, sent: jax.Array, array: np.ndarray) -> None:
+        self._sent = [other for other in self._sent if other[0] is not sent]
+        sent.block_until_ready()
+        if any(device.platform == "cpu" for device in sent.devices()):
             return  # the device's array may be this very memory
-        free = self._free.setdefault((one[1].shape, one[1].dtype), [])
+        free = self._free.setdefault(_kind(array), [])
         if len(free) < _EACH:
-            free.append(one[1])
+            free.append(array)
+
+
+def _kind(array: np.ndarray) -> tuple:
+    return array.shape, array.dtype

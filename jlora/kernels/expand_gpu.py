@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jlora.kernels.lora import NO_ADAPTER, LoRADelta
-from jlora.kernels.lora_gpu import check_block_rank, dot, load, mask_of, token_tile
+from jlora.kernels.lora_gpu import check_block_rank, dot, load, mask_of, range_of, token_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +36,19 @@ class ExpandConfig:
     num_stages: int = 2
 
     @staticmethod
-    def choose(tokens: int, tile: int, part_widths: tuple[int, ...], gate: bool = False):
+    def choose(
+        tokens: int, tile: int, part_widths: tuple[int, ...], gate: bool = False
+    ) -> ExpandConfig:
         """What was best on an H100 for an 8B's projections: see docs/benchmarks.md."""
         block_n = {1: 512 if tokens > 8 else 256, 16: 256}.get(tile, 128)
         num_warps = 2 if gate and tile == 16 else 4
         return ExpandConfig(min(block_n, pl.next_power_of_2(max(*part_widths, 16))), num_warps)
 
 
-def _range(size: int) -> tuple[Array, Array | None]:
-    """0, 1 ... and which of them are below size; None when all are (Triton takes powers of two)."""
-    padded = pl.next_power_of_2(size)
-    index = jnp.arange(padded, dtype=jnp.int32)
-    return index, None if padded == size else index < size
+def _programs(tokens: int, tile: int, delta: LoRADelta | None) -> int:
+    """Along the first axis of the grid, where all tokens are written: see `_tokens_of`."""
+    pairs = 0 if delta is None else delta.routing.pair_slot.shape[0]
+    return pairs + pl.cdiv(tokens, tile)
 
 
 def _tokens_of(item, tile: int, tokens: int, delta: LoRADelta | None):
@@ -74,7 +75,7 @@ def _summed_h(h_ref, rows, mine, j, part, r, in_rank):
     """h of block j, its splits summed: [rows, ranks], or [ranks] of a single row."""
     splits = h_ref.shape[0]
     if rows.shape[0] == 1:
-        split, in_splits = _range(splits)
+        split, in_splits = range_of(splits)
         in_h = mask_of(split, r, in_splits, in_rank)
         return jnp.sum(load(h_ref, split[:, None], rows[0], j, part, r[None, :], mask=in_h), axis=0)
     h, in_h = jnp.zeros((rows.shape[0], r.shape[0]), jnp.float32), mask_of(rows, r, mine, in_rank)
@@ -230,13 +231,12 @@ def gated_gpu(
     interpret: bool = False,
 ) -> Float[Array, "tokens half"]:
     """See `jlora.kernels.gated`."""
-    tokens, half, routing = y.shape[0], y.shape[1] // 2, delta.routing
-    config = ExpandConfig.choose(tokens, routing.tile, (half,), gate=True)
-    items = routing.pair_slot.shape[0] + pl.cdiv(tokens, routing.tile)
+    tokens, half, tile = y.shape[0], y.shape[1] // 2, delta.routing.tile
+    config = ExpandConfig.choose(tokens, tile, (half,), gate=True)
     return pl.pallas_call(
         functools.partial(_gated_kernel, activation=activation, block_n=config.block_n),
         name="gated",
-        grid=(items, pl.cdiv(half, config.block_n)),
+        grid=(_programs(tokens, tile, delta), pl.cdiv(half, config.block_n)),
         out_shape=jax.ShapeDtypeStruct((tokens, half), y.dtype),
         compiler_params=plgpu.CompilerParams(
             num_warps=config.num_warps, num_stages=config.num_stages
@@ -267,7 +267,7 @@ def _rope_kernel(
     @pl.when(there)
     def _():
         half = head_dim // 2
-        dim, in_half = _range(half)
+        dim, in_half = range_of(half)
         in_y = mask_of(rows, dim, mine, in_half)
         piece = (head >= heads).astype(jnp.int32) + (head >= heads + kv_heads).astype(jnp.int32)
         one_part = delta is None or delta.h.shape[3] == 1  # q, k and v share their A
@@ -316,14 +316,10 @@ def rope_and_write_kv_gpu(
     tokens, (_, _, kv_heads_2, head_dim) = qkv.shape[0], kv_pages.shape
     heads = qkv.shape[1] // head_dim - kv_heads_2
     tile = token_tile(tokens) if delta is None else delta.routing.tile
-    items = pl.cdiv(tokens, tile)
-    if delta is not None:
-        items += delta.routing.pair_slot.shape[0]
-        delta = _on_device(delta, tokens)
     kv_pages, q = pl.pallas_call(
         functools.partial(_rope_kernel, tile=tile),
         name="rope_and_write_kv",
-        grid=(items, heads + kv_heads_2),
+        grid=(_programs(tokens, tile, delta), heads + kv_heads_2),
         out_shape=(
             jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
             jax.ShapeDtypeStruct((tokens, heads, head_dim), qkv.dtype),
@@ -331,5 +327,13 @@ def rope_and_write_kv_gpu(
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(num_warps=2 if tile <= 16 else 4, num_stages=2),
         interpret=interpret,
-    )(kv_pages, qkv, delta, cos, sin, destinations, jnp.asarray(first_page, jnp.int32)[None])
+    )(
+        kv_pages,
+        qkv,
+        None if delta is None else _on_device(delta, tokens),
+        cos,
+        sin,
+        destinations,
+        jnp.asarray(first_page, jnp.int32)[None],
+    )
     return q, kv_pages

@@ -74,6 +74,13 @@ def dot(a, b, contract: tuple[int, int]):
     )
 
 
+def range_of(size: int) -> tuple[Array, Array | None]:
+    """0, 1 ... and which of them are below size; None when all are (Triton takes powers of two)."""
+    padded = pl.next_power_of_2(size)
+    index = jnp.arange(padded, dtype=jnp.int32)
+    return index, None if padded == size else index < size
+
+
 def mask_of(rows, columns, of_rows=None, of_columns=None):
     """The mask of a matrix's load from one of its rows and one of its columns; None: all of them.
 
@@ -96,27 +103,22 @@ def _shrink_kernel(
     x_ref,  # [tokens, d_in]
     a_ref,  # [layers, blocks, parts, rank, d_in]
     layer_ref,  # [1]
-    token_slots_ref,  # [tokens]
-    pair_tile_ref,  # [pairs]
-    pair_slot_ref,  # [pairs]
-    num_pairs_ref,  # [1]
-    blocks_ref,  # [slots, max_blocks]
-    counts_ref,  # [slots]
+    routing: LoRARouting,  # of refs
+    slots: SlotTable,  # of refs
     h_ref,  # [splits, tokens, max_blocks, parts, rank]
     *,
-    tile: int,
     config: ShrinkConfig,
 ):
     pair, split, first_part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    tokens, d_in = x_ref.shape
-    rank, max_blocks = a_ref.shape[3], blocks_ref.shape[1]
+    (tokens, d_in), tile = x_ref.shape, routing.tile
+    rank, max_blocks = a_ref.shape[3], slots.blocks.shape[1]
     block_k, here = config.block_k, config.parts
     steps = pl.cdiv(pl.cdiv(d_in, block_k), config.splits)
 
     # These loads, and each block's number a turn ahead, wait for one another as little as can be.
-    layer, slot, tile_index = layer_ref[0], pair_slot_ref[pair], pair_tile_ref[pair]
+    layer, slot, tile_index = layer_ref[0], routing.pair_slot[pair], routing.pair_tile[pair]
 
-    @pl.when(pair < num_pairs_ref[0])
+    @pl.when(pair < routing.num_pairs[0])
     def _():
         rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
         # The ranks of the parts of this program, side by side.
@@ -129,7 +131,7 @@ def _shrink_kernel(
         first = split * (steps * block_k)
         in_tokens = rows < tokens if tokens % tile else None
         # Other slots' tokens of the tile are computed too, and not stored.
-        mine = load(token_slots_ref, rows, mask=rows < tokens) == slot
+        mine = load(routing.token_slots, rows, mask=rows < tokens) == slot
 
         def one_block(j, block):
             def one_step(step, h):
@@ -149,9 +151,9 @@ def _shrink_kernel(
                 h = jnp.sum(h, axis=1)[None, :]
             at = h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]]
             plgpu.store(at, h, mask=mask_of(rows, column, mine & (rows < tokens), real))
-            return blocks_ref[slot, jnp.minimum(j + 1, max_blocks - 1)]
+            return slots.blocks[slot, jnp.minimum(j + 1, max_blocks - 1)]
 
-        lax.fori_loop(0, counts_ref[slot], one_block, blocks_ref[slot, 0])
+        lax.fori_loop(0, slots.counts[slot], one_block, slots.blocks[slot, 0])
 
 
 def lora_shrink_gpu(
@@ -170,7 +172,7 @@ def lora_shrink_gpu(
     config = ShrinkConfig.choose(tokens, d_in, parts, rank, x.dtype.itemsize)
     shape = (config.splits, tokens, slots.blocks.shape[1], parts, rank)
     return pl.pallas_call(
-        functools.partial(_shrink_kernel, tile=routing.tile, config=config),
+        functools.partial(_shrink_kernel, config=config),
         name="lora_shrink",
         grid=(pairs, config.splits, parts // config.parts),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -178,14 +180,4 @@ def lora_shrink_gpu(
             num_warps=config.num_warps, num_stages=config.num_stages
         ),
         interpret=interpret,
-    )(
-        x,
-        a,
-        jnp.asarray(layer, jnp.int32)[None],
-        routing.token_slots,
-        routing.pair_tile,
-        routing.pair_slot,
-        routing.num_pairs,
-        slots.blocks,
-        slots.counts,
-    )
+    )(x, a, jnp.asarray(layer, jnp.int32)[None], routing, slots)

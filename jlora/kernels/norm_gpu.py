@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from jlora.kernels.lora_gpu import load
+from jlora.kernels.lora_gpu import load, range_of
 from jlora.kernels.norm import NormRule
 
 MAX_WIDTH = 16384  # a program has a row in registers
@@ -27,9 +27,7 @@ def _add_and_norm_kernel(
     rule: NormRule,
 ):
     token, width = pl.program_id(0), y_ref.shape[1]
-    padded = pl.next_power_of_2(width)
-    column = jnp.arange(padded, dtype=jnp.int32)
-    in_width = None if padded == width else column < width
+    column, in_width = range_of(width)
     hidden, y = (load(ref, token, column, mask=in_width) for ref in (hidden_ref, y_ref))
     weight = load(weight_ref, column, mask=in_width)
     # The norm is of the sum as it is stored.

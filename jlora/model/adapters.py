@@ -122,12 +122,6 @@ class TokenAdapters:
         h = kernels.lora_shrink(x, row.a, layer, self.routing, row.slots, **options)
         return LoRADelta(h, row.b, layer, self.routing, row.slots)
 
-    def expand(
-        self, y: Float[Array, "tokens d_out"], delta: LoRADelta, part_widths: tuple[int, ...]
-    ) -> Float[Array, "tokens d_out"]:
-        """y plus the delta."""
-        return kernels.lora_expand(y, delta, part_widths, implementation=self.implementation)
-
     def rescale(
         self, y: Float[Array, "tokens d_out"], row: RowPool, layer: int | Int[Array, ""]
     ) -> Float[Array, "tokens d_out"]:

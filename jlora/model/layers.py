@@ -92,9 +92,9 @@ class LoRALinear(nnx.Module):
         self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext
     ) -> Float[Array, "tokens d_out"]:
         y, delta = self.with_delta(x, layer, step)
-        if delta is None or step.adapters is None:
+        if delta is None:
             return y
-        return step.adapters.expand(y, delta, self.part_widths)
+        return kernels.lora_expand(y, delta, self.part_widths, implementation=step.implementation)
 
     def with_delta(
         self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext
@@ -108,7 +108,7 @@ class LoRALinear(nnx.Module):
         delta = adapters.delta(x, row, layer)
         if not self.sums and row.magnitude is None and row.bias is None:
             return self.add_bias(y), delta
-        y = adapters.expand(y, delta, self.part_widths)
+        y = kernels.lora_expand(y, delta, self.part_widths, implementation=step.implementation)
         if self.sums:  # the adapter's partial sums ride on the base's own all-reduce
             y = jax.lax.psum(y, AXIS)
         y = self.add_bias(adapters.rescale(y, row, layer))

@@ -99,7 +99,7 @@ class ExpertLinear(nnx.Module):
         pool = rows.adapters.state.rows[self.name]
         pool = dataclasses.replace(pool, slots=expert_slots(pool.slots, self.experts))
         delta = rows.adapters.delta(x, pool, layer)
-        return rows.adapters.expand(y, delta, self.part_widths)
+        return kernels.lora_expand(y, delta, self.part_widths, implementation=step.implementation)
 
 
 class MoE(nnx.Module):

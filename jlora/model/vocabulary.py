@@ -59,7 +59,8 @@ def _adapt_embeddings(
         row = state.rows[EMBED]
         h = kernels.lora_embedding_shrink(tokens, row.a, adapters.routing, row.slots)
         delta = kernels.LoRADelta(h, row.b, 0, adapters.routing, row.slots)
-        rows = adapters.expand(rows, delta, (rows.shape[1],))
+        widths, implementation = (rows.shape[1],), adapters.implementation
+        rows = kernels.lora_expand(rows, delta, widths, implementation=implementation)
         rows = adapters.rescale(rows, row, 0)
     return rows
 
@@ -123,7 +124,8 @@ def _adapt_logits(
     if HEAD in state.rows:
         row = state.rows[HEAD]
         delta = adapters.delta(hidden, row, 0)
-        local = adapters.expand(local, delta, (local.shape[1],))
+        widths, implementation = (local.shape[1],), adapters.implementation
+        local = kernels.lora_expand(local, delta, widths, implementation=implementation)
         local = adapters.add_bias(adapters.rescale(local, row, 0), row, 0)
     return local
 

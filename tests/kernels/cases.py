@@ -6,6 +6,8 @@ contracts call unspecified or unread is poisoned: with NaN where nothing may be 
 finite numbers where a backend may multiply it by zero.
 """
 
+import pytest
+
 from tests.kernels.attention_cases import (
     ATTENTION_CASES,
     WRITE_CASES,
@@ -69,6 +71,7 @@ __all__ = [
     "LORA_CASES",
     "NORM_CASES",
     "NUMPY_DTYPE",
+    "READER_CHECKS",
     "ROPE_CASES",
     "TOLERANCE",
     "WRITE_CASES",
@@ -114,4 +117,15 @@ __all__ = [
     "shrink_oracle",
     "used_blocks",
     "write_call",
+]
+
+# The operations that read a projection's output or follow it: each check with each of its cases.
+READER_CHECKS = [
+    pytest.param(check, case, id=f"{check.__name__.removeprefix('check_')}-{case.id}")
+    for check, every in (
+        (check_gated, GATED_CASES),
+        (check_rope, ROPE_CASES),
+        (check_norm, NORM_CASES),
+    )
+    for case in every
 ]

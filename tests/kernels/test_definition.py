@@ -43,19 +43,9 @@ def test_shrink_then_expand():
         cases.check_shrink_expand(case, "xla")
 
 
-@pytest.mark.parametrize("case", cases.GATED_CASES, ids=by_id)
-def test_gated(case):
-    cases.check_gated(case, "xla")
-
-
-@pytest.mark.parametrize("case", cases.NORM_CASES, ids=by_id)
-def test_add_and_norm(case):
-    cases.check_norm(case, "xla")
-
-
-@pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
-def test_rope_and_write_kv(case):
-    cases.check_rope(case, "xla")
+@pytest.mark.parametrize(("check", "case"), cases.READER_CHECKS)
+def test_readers(check, case):
+    check(case, "xla")
 
 
 @pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=by_id)

@@ -34,6 +34,14 @@ ATTENTION_SUBSET = _subset(
 WRITE_SUBSET = _subset(cases.WRITE_CASES, "scattered-bfloat16", "cast", "one-skipped", "kv3")
 
 
+# Large ones and those of a thousand slots take long to interpret.
+QUICK_READERS = [
+    param
+    for param in cases.READER_CHECKS
+    if not param.values[1].big and getattr(param.values[1], "order", "") != "experts"
+]
+
+
 @pytest.mark.parametrize("case", LORA_SUBSET, ids=by_id)
 @pytest.mark.parametrize("check", [cases.check_shrink, cases.check_expand])
 def test_lora_interpreted(case, check):
@@ -55,25 +63,9 @@ def test_infinite_values_stay_interpreted():
     check_infinite_values_stay(interpret=True)
 
 
-@pytest.mark.parametrize("case", cases.GATED_CASES, ids=by_id)
-def test_gated_expand_interpreted(case):
-    if case.big or case.order == "experts":
-        pytest.skip("takes long to interpret")
-    cases.check_gated(case, "gpu", interpret=True)
-
-
-@pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
-def test_rope_interpreted(case):
-    if case.big:
-        pytest.skip("takes long to interpret")
-    cases.check_rope(case, "gpu", interpret=True)
-
-
-@pytest.mark.parametrize("case", cases.NORM_CASES, ids=by_id)
-def test_add_and_norm_interpreted(case):
-    if case.big:
-        pytest.skip("takes long to interpret")
-    cases.check_norm(case, "gpu", interpret=True)
+@pytest.mark.parametrize(("check", "case"), QUICK_READERS)
+def test_readers_interpreted(check, case):
+    check(case, "gpu", interpret=True)
 
 
 @pytest.mark.parametrize("case", ATTENTION_SUBSET, ids=by_id)
@@ -182,21 +174,9 @@ def test_lora_compiled(case, check):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.GATED_CASES, ids=by_id)
-def test_gated_expand_compiled(case):
-    cases.check_gated(case, "gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.ROPE_CASES, ids=by_id)
-def test_rope_compiled(case):
-    cases.check_rope(case, "gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.NORM_CASES, ids=by_id)
-def test_add_and_norm_compiled(case):
-    cases.check_norm(case, "gpu")
+@pytest.mark.parametrize(("check", "case"), cases.READER_CHECKS)
+def test_readers_compiled(check, case):
+    check(case, "gpu")
 
 
 @pytest.mark.gpu
@@ -230,16 +210,16 @@ def test_same_bits_twice():
         h, again = (np.asarray(cases.run(_shrink(case)))[:, used] for _ in range(2))
         cases.assert_same_bits(h, again)
         cases.assert_same_bits(cases.run(_expand(case)), cases.run(_expand(case)))
-    for case in cases.GATED_CASES:
-        cases.assert_same_bits(cases.run(_gated(case)), cases.run(_gated(case)))
-    for case in cases.NORM_CASES:
-        jax.tree.map(cases.assert_same_bits, cases.run(_norm(case)), cases.run(_norm(case)))
-    for case in cases.ROPE_CASES:
-        jax.tree.map(cases.assert_same_bits, cases.run(_rope(case)), cases.run(_rope(case)))
-    for case in cases.ATTENTION_CASES:
-        cases.assert_same_bits(cases.run(_attention(case)), cases.run(_attention(case)))
-    for case in cases.GROUPED_CASES:
-        cases.assert_same_bits(cases.run(_grouped(case)), cases.run(_grouped(case)))
+    for make_call, every in (
+        (_gated, cases.GATED_CASES),
+        (_rope, cases.ROPE_CASES),
+        (_norm, cases.NORM_CASES),
+        (_attention, cases.ATTENTION_CASES),
+        (_grouped, cases.GROUPED_CASES),
+    ):
+        for case in every:
+            first, second = (cases.run(make_call(case)) for _ in range(2))
+            jax.tree.map(cases.assert_same_bits, first, second)
 
 
 LAYERS, TOKENS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, PAGES = 4, 32, 1024, 8, 2, 128, 512
