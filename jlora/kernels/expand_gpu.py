@@ -24,7 +24,17 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jlora.kernels.lora import NO_ADAPTER, LoRADelta
-from jlora.kernels.lora_gpu import check_block_rank, dot, load, mask_of, range_of, token_tile
+from jlora.kernels.lora_gpu import (
+    block_number,
+    check_block_rank,
+    dot,
+    load,
+    mask_of,
+    range_of,
+    token_tile,
+    turn_sizes,
+    turns,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +81,15 @@ def _tokens_of(item, tile: int, tokens: int, delta: LoRADelta | None):
     return slot, rows, mine, there
 
 
-def _summed_h(h_ref, rows, mine, j, part, r, in_rank):
-    """h of block j, its splits summed: [rows, ranks], or [ranks] of a single row."""
-    splits = h_ref.shape[0]
+def _summed_h(h_ref, rows, mine, j, part, r, real):
+    """h of ranks r of blocks j, its splits summed: [rows, ranks], or [ranks] of a single row."""
+    splits, j = h_ref.shape[0], jnp.broadcast_to(j, r.shape)[None, :]
     if rows.shape[0] == 1:
         split, in_splits = range_of(splits)
-        in_h = mask_of(split, r, in_splits, in_rank)
-        return jnp.sum(load(h_ref, split[:, None], rows[0], j, part, r[None, :], mask=in_h), axis=0)
-    h, in_h = jnp.zeros((rows.shape[0], r.shape[0]), jnp.float32), mask_of(rows, r, mine, in_rank)
+        in_h = mask_of(split, r, in_splits, real)
+        at = (split[:, None], rows[0], j, part, r[None, :])
+        return jnp.sum(load(h_ref, *at, mask=in_h), axis=0)
+    h, in_h = jnp.zeros((rows.shape[0], r.shape[0]), jnp.float32), mask_of(rows, r, mine, real)
     for piece in range(splits):
         h += load(h_ref, piece, rows[:, None], j, part, r[None, :], mask=in_h)
     return h
@@ -94,34 +105,44 @@ def _deltas(delta: LoRADelta | None, slot, rows, mine, pieces, in_columns) -> li
     zeros = [jnp.zeros(shape, jnp.float32) for _ in pieces]
     if delta is None:
         return zeros
-    b_ref, slots, (max_blocks, rank) = delta.b, delta.slots, (delta.h.shape[2], delta.h.shape[4])
-    r = jnp.arange(rank if shape[0] == 1 else max(rank, 16), dtype=jnp.int32)
-    in_rank = r < rank if rank < r.shape[0] else None
+    slots, (max_blocks, rank) = delta.slots, (delta.h.shape[2], delta.h.shape[4])
     layer, known_slot = delta.layer[0], jnp.maximum(slot, 0)
 
-    def times_b(h, columns, block):
-        in_b = mask_of(r, columns, in_rank, in_columns)
-        b = load(b_ref, layer, block, r[:, None], columns[None, :], mask=in_b)
-        h = h.astype(b.dtype)
-        if shape[0] == 1:
+    def take(size, first_block, count, sums):
+        column, real = range_of(size * rank, at_least=1 if shape[0] == 1 else 16)
+        r = lax.rem(column, jnp.int32(rank))
+        offset = lax.div(column, jnp.int32(rank)) if size > 1 else jnp.int32(0)
+
+        def times_b(h, columns, block):
+            in_b = mask_of(r, columns, real, in_columns)
+            of_rank = jnp.broadcast_to(block, r.shape)[:, None]
+            b = load(delta.b, layer, of_rank, r[:, None], columns[None, :], mask=in_b)
+            h = h.astype(b.dtype)
+            if shape[0] > 1:
+                return dot(h, b, (1, 0))
             return jnp.sum(h.astype(jnp.float32)[:, None] * b.astype(jnp.float32), axis=0)[None, :]
-        return dot(h, b, (1, 0))
 
-    def one_block(j, carry):
-        block, sums = carry  # each block's number is loaded a turn ahead
-        next_block = slots.blocks[slot, jnp.minimum(j + 1, max_blocks - 1)]
-        scale, more = slots.scales[slot, j], []
-        last_part: Any = None
-        h: Any = None
-        for part, columns in pieces:
-            if part is not last_part:  # else it is loaded already
-                h = _summed_h(delta.h, rows, mine, j, part, r, in_rank) * scale
-            more.append(times_b(h, columns, block))
-            last_part = part
-        return next_block, [old + new for old, new in zip(sums, more, strict=True)]
+        def one_turn(index, carry):
+            block, sums = carry
+            j = first_block + index * size + offset
+            next_block = block_number(slots, known_slot, j + size)
+            scale, more = load(slots.scales, known_slot, j), []
+            last_part: Any = None
+            h: Any = None
+            for part, columns in pieces:
+                if part is not last_part:  # else it is loaded already
+                    h = _summed_h(delta.h, rows, mine, j, part, r, real) * scale
+                more.append(times_b(h, columns, block))
+                last_part = part
+            return next_block, [old + new for old, new in zip(sums, more, strict=True)]
 
-    num_blocks = jnp.where(slot < 0, 0, slots.counts[known_slot])
-    return lax.fori_loop(0, num_blocks, one_block, (slots.blocks[known_slot, 0], zeros))[1]
+        first = block_number(slots, known_slot, first_block + offset)
+        return lax.fori_loop(0, jnp.where(slot < 0, 0, count), one_turn, (first, sums))[1]
+
+    sums = zeros
+    for each in turns(slots, known_slot, turn_sizes(2 if shape[0] == 1 else 1, max_blocks)):
+        sums = take(*each, sums)
+    return sums
 
 
 def _column_tile(index, part_widths: tuple[int, ...], block_n: int):

@@ -25,16 +25,19 @@ BLOCK_RANKS = (8, 16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkConfig:
-    """block_k: columns of x of a step of the loop; parts: of a program."""
+    """block_k: columns of x of a step of the loop; parts: of a program; turns: see turn_sizes."""
 
     block_k: int
     splits: int
     parts: int
+    turns: tuple[int, ...] = (1,)
     num_warps: int = 4
     num_stages: int = 3
 
     @staticmethod
-    def choose(tokens: int, d_in: int, parts: int, rank: int, itemsize: int) -> ShrinkConfig:
+    def choose(
+        tokens: int, d_in: int, parts: int, rank: int, max_blocks: int, tile: int, itemsize: int
+    ) -> ShrinkConfig:
         """What was best on an H100 for an 8B's projections: see docs/benchmarks.md.
 
         With few tokens a part a program; with many x is read once for all parts.
@@ -44,7 +47,9 @@ class ShrinkConfig:
         splits = min(16 if d_in > 8192 and not many else 8, pl.cdiv(d_in, block_k))
         steps = pl.cdiv(pl.cdiv(d_in, block_k), splits)
         together = parts if many and parts * rank <= 64 else 1
-        return ShrinkConfig(block_k, splits, together, num_stages=min(3, max(2, steps)))
+        largest = 2 if tile == 1 else max(64 // (together * rank), 1)
+        sizes = turn_sizes(min(largest, 4), max_blocks)
+        return ShrinkConfig(block_k, splits, together, sizes, num_stages=min(3, max(2, steps)))
 
 
 def check_block_rank(rank: int) -> None:
@@ -74,9 +79,9 @@ def dot(a, b, contract: tuple[int, int]):
     )
 
 
-def range_of(size: int) -> tuple[Array, Array | None]:
+def range_of(size: int, at_least: int = 1) -> tuple[Array, Array | None]:
     """0, 1 ... and which of them are below size; None when all are (Triton takes powers of two)."""
-    padded = pl.next_power_of_2(size)
+    padded = max(pl.next_power_of_2(size), at_least)
     index = jnp.arange(padded, dtype=jnp.int32)
     return index, None if padded == size else index < size
 
@@ -99,6 +104,29 @@ def load(ref, *at, mask=None):
     return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0)
 
 
+def turn_sizes(largest: int, max_blocks: int) -> tuple[int, ...]:
+    """Blocks that a program takes at a time, and then, of those left over, one.
+
+    Blocks of a turn are loaded together, and a large adapter waits for its turns.
+    """
+    size = min(largest, 1 << (max_blocks.bit_length() - 1))
+    return (1,) if size == 1 else (size, 1)
+
+
+def turns(slots: SlotTable, slot, sizes: tuple[int, ...]):
+    """Cuts a slot's blocks: (blocks of a turn, the first block, turns) for each of the sizes."""
+    first, count = jnp.int32(0), slots.counts[slot]
+    for size in sizes:
+        here = lax.div(count - first, jnp.int32(size))
+        yield size, first, here
+        first += here * size
+
+
+def block_number(slots: SlotTable, slot, j):
+    """Where block j of a slot is; to be called a turn ahead, as loading it takes time."""
+    return load(slots.blocks, slot, jnp.minimum(j, slots.blocks.shape[1] - 1))
+
+
 def _shrink_kernel(
     x_ref,  # [tokens, d_in]
     a_ref,  # [layers, blocks, parts, rank, d_in]
@@ -111,8 +139,7 @@ def _shrink_kernel(
 ):
     pair, split, first_part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     (tokens, d_in), tile = x_ref.shape, routing.tile
-    rank, max_blocks = a_ref.shape[3], slots.blocks.shape[1]
-    block_k, here = config.block_k, config.parts
+    rank, block_k, here = a_ref.shape[3], config.block_k, config.parts
     steps = pl.cdiv(pl.cdiv(d_in, block_k), config.splits)
 
     # These loads, and each block's number a turn ahead, wait for one another as little as can be.
@@ -121,39 +148,47 @@ def _shrink_kernel(
     @pl.when(pair < routing.num_pairs[0])
     def _():
         rows = tile_index * tile + jnp.arange(tile, dtype=jnp.int32)
-        # The ranks of the parts of this program, side by side.
-        columns = pl.next_power_of_2(here * rank)
-        column = jnp.arange(columns if tile == 1 else max(16, columns), dtype=jnp.int32)
-        part = first_part * here + lax.div(column, jnp.int32(rank))
-        r, real = lax.rem(column, jnp.int32(rank)), None
-        if here * rank < column.shape[0]:
-            real = column < here * rank
         first = split * (steps * block_k)
         in_tokens = rows < tokens if tokens % tile else None
         # Other slots' tokens of the tile are computed too, and not stored.
         mine = load(routing.token_slots, rows, mask=rows < tokens) == slot
 
-        def one_block(j, block):
-            def one_step(step, h):
-                k = first + step * block_k + jnp.arange(block_k, dtype=jnp.int32)
-                in_k = k < d_in if d_in % (block_k * config.splits) else None
-                in_x, in_a = mask_of(rows, k, in_tokens, in_k), mask_of(column, k, real, in_k)
-                a = load(a_ref, layer, block, part[:, None], r[:, None], k[None, :], mask=in_a)
+        def take(size, first_block, count):
+            # The ranks of the parts of this program, of the blocks of a turn, side by side.
+            column, real = range_of(size * here * rank, at_least=1 if tile == 1 else 16)
+            r, above = lax.rem(column, jnp.int32(rank)), lax.div(column, jnp.int32(rank))
+            offset = jnp.int32(0) if size == 1 else lax.div(above, jnp.int32(here))
+            part = first_part * here + above - offset * here
+
+            def one_turn(index, block):
+                j = first_block + index * size + offset
+
+                def one_step(step, h):
+                    k = first + step * block_k + jnp.arange(block_k, dtype=jnp.int32)
+                    in_k = k < d_in if d_in % (block_k * config.splits) else None
+                    in_x, in_a = mask_of(rows, k, in_tokens, in_k), mask_of(column, k, real, in_k)
+                    of_column = jnp.broadcast_to(block, column.shape)[:, None]
+                    at = (layer, of_column, part[:, None], r[:, None], k[None, :])
+                    a = load(a_ref, *at, mask=in_a)
+                    if tile == 1:
+                        x = load(x_ref, tile_index, k, mask=in_k).astype(jnp.float32)
+                        return h + a.astype(jnp.float32) * x[None, :]
+                    x = load(x_ref, rows[:, None], k[None, :], mask=in_x)
+                    return h + dot(x, a.astype(x.dtype), (1, 1))
+
+                shape = (column.shape[0], block_k) if tile == 1 else (tile, column.shape[0])
+                h = lax.fori_loop(0, steps, one_step, jnp.zeros(shape, jnp.float32))
                 if tile == 1:
-                    x = load(x_ref, tile_index, k, mask=in_k).astype(jnp.float32)
-                    return h + a.astype(jnp.float32) * x[None, :]
-                x = load(x_ref, rows[:, None], k[None, :], mask=in_x)
-                return h + dot(x, a.astype(x.dtype), (1, 1))
+                    h = jnp.sum(h, axis=1)[None, :]
+                of_column = jnp.broadcast_to(j, column.shape)[None, :]
+                at = h_ref.at[split, rows[:, None], of_column, part[None, :], r[None, :]]
+                plgpu.store(at, h, mask=mask_of(rows, column, mine & (rows < tokens), real))
+                return block_number(slots, slot, j + size)
 
-            shape = (column.shape[0], block_k) if tile == 1 else (tile, column.shape[0])
-            h = lax.fori_loop(0, steps, one_step, jnp.zeros(shape, jnp.float32))
-            if tile == 1:
-                h = jnp.sum(h, axis=1)[None, :]
-            at = h_ref.at[split, rows[:, None], j, part[None, :], r[None, :]]
-            plgpu.store(at, h, mask=mask_of(rows, column, mine & (rows < tokens), real))
-            return slots.blocks[slot, jnp.minimum(j + 1, max_blocks - 1)]
+            lax.fori_loop(0, count, one_turn, block_number(slots, slot, first_block + offset))
 
-        lax.fori_loop(0, slots.counts[slot], one_block, slots.blocks[slot, 0])
+        for each in turns(slots, slot, config.turns):
+            take(*each)
 
 
 def lora_shrink_gpu(
@@ -169,8 +204,9 @@ def lora_shrink_gpu(
     (tokens, d_in), (_, _, parts, rank, _) = x.shape, a.shape
     check_block_rank(rank)
     pairs = routing.pair_slot.shape[0]
-    config = ShrinkConfig.choose(tokens, d_in, parts, rank, x.dtype.itemsize)
-    shape = (config.splits, tokens, slots.blocks.shape[1], parts, rank)
+    max_blocks, tile, itemsize = slots.blocks.shape[1], routing.tile, x.dtype.itemsize
+    config = ShrinkConfig.choose(tokens, d_in, parts, rank, max_blocks, tile, itemsize)
+    shape = (config.splits, tokens, max_blocks, parts, rank)
     return pl.pallas_call(
         functools.partial(_shrink_kernel, config=config),
         name="lora_shrink",
