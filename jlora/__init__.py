@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jlora.engine import AsyncLLMEngine, LLMEngine
     from jlora.errors import AdapterError, AdapterInUseError
     from jlora.llm import LLM
+    from jlora.manager import FolderResolver, HubResolver
     from jlora.request import (
         CompletionOutput,
         Logprob,
@@ -29,6 +30,8 @@ _HOME = {
     "AsyncLLMEngine": "jlora.engine",
     "CompletionOutput": "jlora.request",
     "EngineArgs": "jlora.config",
+    "FolderResolver": "jlora.manager",
+    "HubResolver": "jlora.manager",
     "LLM": "jlora.llm",
     "LLMEngine": "jlora.engine",
     "LoRAConfig": "jlora.config",
@@ -47,6 +50,8 @@ __all__ = [
     "AsyncLLMEngine",
     "CompletionOutput",
     "EngineArgs",
+    "FolderResolver",
+    "HubResolver",
     "LLMEngine",
     "LoRAConfig",
     "LoRARequest",

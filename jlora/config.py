@@ -34,6 +34,14 @@ def require_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
+def require_seconds(name: str, value: Any, positive: bool = False) -> None:
+    """Raises unless value is a finite number of seconds, above 0 if it must be."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < float("inf") or (value == 0 and not positive)):
+        least = "above 0" if positive else "of at least 0"
+        raise ValueError(f"{name} must be a number of seconds {least}, not {value!r}")
+
+
 def require_bool(name: str, value: Any) -> None:
     """Raises unless value is True or False."""
     if not isinstance(value, bool):
@@ -59,7 +67,8 @@ class LoRAConfig:
     """Limits of adapter serving.
 
     max_lora_rank: largest rank accepted. max_loras: slots on the device, so distinct adapters in
-    one step. max_cpu_loras: adapters kept in host memory (default: max_loras). lora_dtype: of the
+    one step. max_cpu_loras: adapters kept in host memory (default: twice max_loras, and at least 8
+    more). max_cpu_lora_bytes: bytes of their tensors at most. lora_dtype: of the
     pool on the device, "auto" for the model's. target_modules: when given, the only modules
     (last name part, e.g. "q_proj") that an adapter may touch; others are refused.
     lora_pool_blocks: rank blocks (of 16) a projection on the device; by default enough for
@@ -75,6 +84,13 @@ class LoRAConfig:
     lm_head. lora_extra_vocab_size: tokens that an adapter may add to the vocabulary.
     lora_expert_blocks: rank blocks of the experts of a mixture-of-experts model, for all layers.
     allow_nonfinite_loras: serves adapters that hold NaN or infinity.
+
+    How adapters come and go: max_lora_loads: reads at the same time, in the background.
+    lora_load_timeout: seconds after which one is given up. lora_retry_seconds: for how long
+    requests for an adapter that could not be loaded are refused before it is tried again.
+    max_staged_loras: adapters that are copied to the device ahead of the slot that they wait for,
+    each of which takes its size there meanwhile. max_lora_passes: sequences that may start before
+    one that waits for a slot; then slots are emptied for it.
     """
 
     max_lora_rank: int = 16
@@ -92,12 +108,19 @@ class LoRAConfig:
     lora_extra_vocab_size: int = 0
     lora_expert_blocks: int = 0
     allow_nonfinite_loras: bool = False
+    max_cpu_lora_bytes: int | None = None
+    max_lora_loads: int = 4
+    lora_load_timeout: float = 60.0
+    lora_retry_seconds: float = 5.0
+    max_staged_loras: int = 2
+    max_lora_passes: int = 64
 
     def __post_init__(self) -> None:
         require_int("max_lora_rank", self.max_lora_rank, 1)
         require_int("max_loras", self.max_loras, 1)
         if self.max_cpu_loras is None:
-            object.__setattr__(self, "max_cpu_loras", self.max_loras)
+            warm = self.max_loras + max(self.max_loras, 8)  # a tier below the slots that is warm
+            object.__setattr__(self, "max_cpu_loras", warm)
         require_int("max_cpu_loras", self.max_cpu_loras, 1)
         if self.host_capacity < self.max_loras:
             raise ValueError(
@@ -117,6 +140,12 @@ class LoRAConfig:
             require_int("max_lora_blocks", self.max_lora_blocks, self.rank_blocks)
         if self.lora_pool_blocks is not None:
             require_int("lora_pool_blocks", self.lora_pool_blocks, self.rank_blocks)
+        if self.max_cpu_lora_bytes is not None:
+            require_int("max_cpu_lora_bytes", self.max_cpu_lora_bytes, 1)
+        for name in ("max_lora_loads", "max_staged_loras", "max_lora_passes"):
+            require_int(name, getattr(self, name), 1)
+        require_seconds("lora_load_timeout", self.lora_load_timeout, positive=True)
+        require_seconds("lora_retry_seconds", self.lora_retry_seconds)
         for name in _RESERVED_SWITCHES:
             require_bool(name, getattr(self, name))
         for name in _RESERVED_COUNTS:
@@ -125,7 +154,8 @@ class LoRAConfig:
     @property
     def host_capacity(self) -> int:
         """max_cpu_loras with its default filled in."""
-        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+        assert self.max_cpu_loras is not None  # filled in by __post_init__
+        return self.max_cpu_loras
 
     @property
     def rank_blocks(self) -> int:
@@ -242,6 +272,7 @@ class EngineArgs:
     max_num_batched_tokens 2048, block_size 32, the KV cache by the memory that is left
     (kv_cache_memory_bytes sets it directly, the way of a CPU). lora_modules: adapters that are
     loaded at the start; what they need is reserved besides what the other options say.
+    lora_resolvers: who is asked, in this order, for an adapter that is known by name only.
     """
 
     model: str
@@ -279,7 +310,14 @@ class EngineArgs:
     lora_extra_vocab_size: int = 0
     lora_expert_blocks: int = 0
     allow_nonfinite_loras: bool = False
+    max_cpu_lora_bytes: int | None = None
+    max_lora_loads: int = 4
+    lora_load_timeout: float = 60.0
+    lora_retry_seconds: float = 5.0
+    max_staged_loras: int = 2
+    max_lora_passes: int = 64
     lora_modules: Sequence[LoRARequest] | None = None
+    lora_resolvers: Sequence[Any] | None = None
     fully_sharded_loras: bool = False
     quantization: str | None = None
     kernel_implementation: str | None = None
@@ -318,6 +356,9 @@ class EngineArgs:
         self._lora_limits()
         if self.lora_modules is not None:
             self._check_lora_modules(self.lora_modules)
+        for one in self.lora_resolvers or ():
+            if not callable(getattr(one, "resolve_lora", None)):
+                raise ValueError(f"lora_resolvers: {one!r} has no method resolve_lora")
 
     def _check_lora_modules(self, requests: Any) -> None:
         from jlora.request import LoRARequest  # which needs this module

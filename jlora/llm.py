@@ -100,6 +100,7 @@ class LLM:
         params = _one_each("sampling_params", sampling_params, len(prompts))
         adapters = _one_each("lora_request", lora_request, len(prompts))
         engine, ids = self.llm_engine, []
+        engine.load_loras(one for one in adapters if isinstance(one, LoRARequest))
         try:
             for prompt, one, adapter in zip(prompts, params, adapters, strict=True):
                 if not isinstance(one, SamplingParams):
@@ -124,6 +125,8 @@ class LLM:
                 for output in self.llm_engine.step():
                     if output.request_id not in ids:
                         continue
+                    if output.error is not None:
+                        raise output.error
                     done[output.request_id] = output
                     tokens += sum(len(answer.token_ids) for answer in output.outputs)
                     rate = tokens / max(bar.format_dict["elapsed"], 1e-9)

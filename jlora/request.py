@@ -295,7 +295,10 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """What an engine says of a request after a step."""
+    """What an engine says of a request after a step.
+
+    error: why a request that has ended with "abort" could not even begin.
+    """
 
     request_id: str
     prompt: str | None
@@ -307,6 +310,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int | None = None
     kind: RequestOutputKind = field(default=RequestOutputKind.CUMULATIVE, repr=False)
+    error: Exception | None = None
 
 
 TextPrompt = str

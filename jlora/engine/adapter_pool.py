@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
@@ -16,16 +16,27 @@ from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
-from jlora.engine.pool_layout import MATRIX, WHOLE, row_shapes, row_specs, stored_matrix
-from jlora.engine.staging import StagingBuffers
+from jlora.engine.pool_layout import (
+    MATRIX,
+    WHOLE,
+    row_shapes,
+    row_specs,
+    staged_specs,
+    stored_matrix,
+)
+from jlora.engine.staging import StagedAdapter, StagingBuffers
 from jlora.kernels import SlotTable
 from jlora.manager import (
     BlockWrite,
     FeatureWrite,
+    LoRAModel,
     LoRAModelManager,
     SlotMap,
     Write,
+    blocks_needed,
     feature_rows,
+    feature_writes,
+    is_full,
     no_features,
     pool_rows,
 )
@@ -56,7 +67,7 @@ class AdapterPool:
         self._shards, self._dtype = mesh.shape[AXIS], dtype
         self._model, self._base_weight = model, base_weight
         self._version = -1
-        self._staging = StagingBuffers()
+        self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         rows = {row.name: self._row(row) for row in pool_rows(modules, config)}
         slots, hidden = config.max_loras + 1, modules.config.hidden_size
@@ -128,9 +139,11 @@ class AdapterPool:
             each = (layers, row.experts or 1)
             a = (*each, len(row.parts), LORA_BLOCK_RANK, row.d_in)
             b = (*each, row.stored_width(self._shards), LORA_BLOCK_RANK)
-            scales = np.ones((*each, len(row.parts)), np.float32)
+            scales = self._put(np.ones((*each, len(row.parts)), np.float32))
+            a_in, b_in = staged_specs(row)
             for dtype in STAGING_DTYPES:
-                self._write_block(row, 0, 0, np.zeros(a, dtype), np.zeros(b, dtype), scales)
+                zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
+                self._write_block(row, 0, 0, *zeros, scales)
         for row in feature_rows(self._modules, self._config):
             pool, width = self.state.rows[row.name], row.stored_width(self._shards)
             layers = self._modules.num_layers if row.per_layer else 1
@@ -145,25 +158,68 @@ class AdapterPool:
         for name, full in self.state.full.items():
             self._write_matrix(name, 0, np.zeros(full.shape[1:], self._dtype))
 
-    def apply(self, manager: LoRAModelManager) -> None:
+    def stage(self, lora: LoRAModel) -> StagedAdapter:
+        """Packs an adapter and sends its blocks to the device; for any thread, at any time."""
+        try:
+            buffers = self._buffers.pop()
+        except IndexError:
+            buffers = StagingBuffers()
+        needs, staged = blocks_needed(lora, self._modules), StagedAdapter()
+        for row in pool_rows(self._modules, self._config):
+            anywhere = [0] * needs.get(row.name, 0)
+            for write in BlockWrite.all(lora, self._modules, row, anywhere):
+                staged.blocks[write.name] = self._send(write, buffers)
+        features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
+        for feature in features:
+            staged.features[feature.name] = self._feature_arrays(feature)
+        buffers.wait()
+        self._buffers.append(buffers)
+        return staged
+
+    def _full(self, lora: LoRAModel) -> dict[str, int]:
+        """The whole matrices that an adapter takes, wherever they will be."""
+        return {name: 0 for name, rows in lora.vocab_rows.items() if is_full(rows, self._config)}
+
+    def _send(self, write: BlockWrite, buffers: StagingBuffers) -> tuple[Array, Array, Array]:
+        """A block's a, b and scales (see BlockWrite.arrays), on their way to the device."""
+        a_in, b_in = staged_specs(write.projection)
+        a, b, scales = write.arrays(self._shards, buffers.empty)
+        return (
+            buffers.send(a, NamedSharding(self._mesh, a_in)),
+            buffers.send(b, NamedSharding(self._mesh, b_in)),
+            self._put(scales),
+        )
+
+    def apply(
+        self, manager: LoRAModelManager, staged: MutableMapping[str, StagedAdapter] | None = None
+    ) -> None:
         """Writes what the manager says must be written, and takes over its slot tables.
 
-        After an error everything is still to be written.
+        staged: by LoRAModel.key, what `stage` has made; what has been written is taken out, and
+        what is not there is packed now. After an error everything is still to be written.
         """
-        writes = manager.take_writes()
+        writes, staged = manager.take_writes(), {} if staged is None else staged
         try:
-            self._apply(manager, writes)
+            self._apply(manager, writes, staged)
         except BaseException:  # an interrupt too
             manager.put_back(writes)
             raise
+        for write in writes:
+            staged.pop(write.lora.key, None)
 
-    def _apply(self, manager: LoRAModelManager, writes: list[Write]) -> None:
+    def _apply(
+        self,
+        manager: LoRAModelManager,
+        writes: list[Write],
+        staged: MutableMapping[str, StagedAdapter],
+    ) -> None:
+        buffers, nothing = StagingBuffers(), StagedAdapter()
         for write in writes:
             if isinstance(write, BlockWrite):
-                arrays = write.arrays(self._shards, self._staging.empty)
-                at = (write.projection, write.layer or 0, write.block)
-                self._write_block(*at, *arrays, put=self._staging.send)
-        self._staging.wait()  # what was sent takes device memory until then
+                there = staged.get(write.lora.key, nothing).blocks.get(write.name)
+                arrays = self._send(write, buffers) if there is None else there
+                self._write_block(write.projection, write.layer or 0, write.block, *arrays)
+        buffers.wait()  # what was sent takes device memory until then
         if manager.version != self._version:
             rows = {
                 name: dataclasses.replace(row, slots=self._table(manager.slot_maps[name]))
@@ -174,22 +230,33 @@ class AdapterPool:
             self._version = manager.version
         for write in writes:
             if isinstance(write, FeatureWrite):  # magnitudes read blocks and slot tables
-                self._write_feature(write)
+                values = staged.get(write.lora.key, nothing).features.get(write.name)
+                self._write_feature(write, values or self._feature_arrays(write))
 
-    def _write_feature(self, write: FeatureWrite) -> None:
+    def _feature_arrays(self, write: FeatureWrite) -> tuple[np.ndarray, ...]:
+        """What `_write_feature` writes: made of what the host holds."""
+        match write.feature:
+            case Feature.MAGNITUDE:
+                return (write.magnitudes(self._shards),)
+            case Feature.BIAS:
+                return (write.biases(self._shards, self._base_weight),)
+            case Feature.EMBED_ROWS | Feature.HEAD_ROWS:
+                return write.token_rows(self._config.max_lora_token_rows)
+            case _:
+                vocab = self.state.full[write.projection.name].shape[1]
+                return (write.matrix(vocab, self._base_weight).astype(self._dtype),)
+
+    def _write_feature(self, write: FeatureWrite, values: tuple[np.ndarray, ...]) -> None:
         row, at = write.projection, write.index
         match write.feature:
             case Feature.MAGNITUDE:
-                self._write_magnitudes(row, at, write.magnitudes(self._shards))
+                self._write_magnitudes(row, at, *values)
             case Feature.BIAS:
-                self._write_biases(row, at, write.biases(self._shards, self._base_weight))
+                self._write_biases(row, at, *values)
             case Feature.EMBED_ROWS | Feature.HEAD_ROWS:
-                size = self._config.max_lora_token_rows
-                self._write_token_rows(row.name, at, *write.token_rows(size))
+                self._write_token_rows(row.name, at, *values)
             case _:
-                vocab = self.state.full[row.name].shape[1]
-                matrix = write.matrix(vocab, self._base_weight)
-                self._write_matrix(row.name, at, matrix.astype(self._dtype))
+                self._write_matrix(row.name, at, *values)
 
     def _run(
         self,
@@ -212,18 +279,9 @@ class AdapterPool:
         self.state = dataclasses.replace(self.state, rows=rows)
 
     def _write_block(
-        self,
-        row: Projection,
-        layer: int,
-        block: int,
-        a: np.ndarray,
-        b: np.ndarray,
-        scales: np.ndarray,
-        put: Callable[[np.ndarray, NamedSharding], Array] = jax.device_put,
+        self, row: Projection, layer: int, block: int, a: Array, b: Array, scales: Array
     ) -> None:
-        """Of `BlockWrite.arrays`; block is counted without experts. put: sends a and b."""
-        a_in = PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else WHOLE
-        b_in = PartitionSpec(None, None, AXIS, None) if row.shard == "out" else WHOLE
+        """a, b, scales: as `_send` gives them; block is counted without experts."""
         pool, at = (
             self.state.rows[row.name],
             np.array([layer, block * (row.experts or 1)], np.int32),
@@ -235,9 +293,10 @@ class AdapterPool:
             row_specs(row)[:2],
             pool.a,
             pool.b,
-            *self._put((at, scales)),
-            put(a, NamedSharding(self._mesh, a_in)),
-            put(b, NamedSharding(self._mesh, b_in)),
+            self._put(at),
+            scales,
+            a,
+            b,
         )
         self._set_row(row.name, a=new_a, b=new_b)
 

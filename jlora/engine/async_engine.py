@@ -9,8 +9,10 @@ from typing import Any
 
 from jlora.config import EngineArgs
 from jlora.engine.llm_engine import LLMEngine
+from jlora.manager import resolve
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
+PLACING_SECONDS = 0.002  # between looks whether an adapter's copy has arrived
 Stream = asyncio.Queue[RequestOutput | Exception | None]  # None: aborted, nothing more comes
 
 
@@ -52,6 +54,7 @@ class AsyncLLMEngine:
                 prompt,
                 sampling_params,
                 lora_request=lora_request,
+                may_wait=False,
             )
             self._wake()
             while not finished:
@@ -77,7 +80,7 @@ class AsyncLLMEngine:
             while self._streams and await self._call(self.engine.has_unfinished_requests):
                 for output in await self._call(self.engine.step):
                     if output.request_id in self._streams:
-                        self._streams[output.request_id].put_nowait(output)
+                        self._streams[output.request_id].put_nowait(output.error or output)
         except Exception as error:
             for stream in self._streams.values():
                 stream.put_nowait(error)
@@ -89,16 +92,46 @@ class AsyncLLMEngine:
         for stream in (self._streams[one] for one in ids if one in self._streams):
             stream.put_nowait(None)
 
-    async def add_lora(self, lora_request: LoRARequest) -> bool:
-        """See LLMEngine.add_lora."""
-        return await self._call(self.engine.add_lora, lora_request)
+    async def _load(self, lora_request: LoRARequest) -> None:
+        """Reads an adapter while the engine goes on."""
+        load = await self._call(self.engine.start_loading, lora_request)
+        if load is not None:
+            await asyncio.wrap_future(load)
 
-    async def remove_lora(self, lora_id: int) -> bool:
-        """See LLMEngine.remove_lora."""
-        return await self._call(self.engine.remove_lora, lora_id)
+    async def _place(self, lora_id: int) -> None:
+        while not await self._call(self.engine.place_lora, lora_id):
+            await asyncio.sleep(PLACING_SECONDS)
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """See LLMEngine.add_lora; the engine goes on meanwhile."""
+        adapter_id = lora_request.lora_int_id
+        before = await self._call(self.engine.lora_identity, adapter_id)
+        await self._load(lora_request)
+        await self._call(self.engine.add_lora, lora_request, place=False)
+        await self._place(adapter_id)
+        return await self._call(self.engine.lora_identity, adapter_id) != before
+
+    async def resolve_lora(self, lora_name: str) -> LoRARequest:
+        """See LLMEngine.resolve_lora; the engine goes on meanwhile."""
+        path = await asyncio.to_thread(resolve, self.engine.resolvers, lora_name)
+        return await self._call(self.engine.name_lora, lora_name, path)
+
+    async def remove_lora(self, lora_id: int, when_in_use: str = "refuse") -> bool:
+        """See LLMEngine.remove_lora; streams of requests that it aborts end."""
+        users, removed = await self._call(
+            lambda: (
+                self.engine.requests_of(lora_id),
+                self.engine.remove_lora(lora_id, when_in_use),
+            )
+        )
+        for stream in (self._streams[one] for one in users if one in self._streams):
+            if when_in_use == "abort":
+                stream.put_nowait(None)
+        return removed
 
     async def pin_lora(self, lora_id: int) -> bool:
         """See LLMEngine.pin_lora."""
+        await self._place(lora_id)
         return await self._call(self.engine.pin_lora, lora_id)
 
     async def list_loras(self) -> set[int]:
@@ -113,7 +146,8 @@ class AsyncLLMEngine:
         """See LLMEngine.get_tokenizer."""
         if lora_request is None:
             return self.engine.tokenizer
-        return await self._call(self.engine.get_tokenizer, lora_request)  # may load it
+        await self._load(lora_request)
+        return await self._call(self.engine.get_tokenizer, lora_request)
 
     def shutdown(self) -> None:
         """Ends the thread when what it does now is done."""

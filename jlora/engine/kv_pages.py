@@ -53,6 +53,7 @@ class PageAllocator:
         self._references = [0] * num_pages
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._adapter_of: dict[int, str] = {}  # of pages that can be found, if one acts in them
 
     @property
     def num_free(self) -> int:
@@ -94,9 +95,7 @@ class PageAllocator:
         pages = []
         for _ in range(count):
             page, _ = self._free.popitem(last=False)
-            known = self._hash_of.pop(page, None)
-            if known is not None:
-                del self._page_of[known]
+            self._unregister(page)
             self._references[page] = 1
             pages.append(page)
         return pages
@@ -108,13 +107,32 @@ class PageAllocator:
             if self._references[page] == 0:
                 self._free[page] = None
 
-    def register(self, page: int, name: bytes) -> None:
-        """The page is full and can be found under this hash."""
+    def register(self, page: int, name: bytes, adapter: str = "") -> None:
+        """The page is full and can be found under this hash.
+
+        adapter: identity of what acts in it.
+        """
         if self.caching and name not in self._page_of and page not in self._hash_of:
             self._page_of[name] = page
             self._hash_of[page] = name
+            if adapter:
+                self._adapter_of[page] = adapter
+
+    def _unregister(self, page: int) -> None:
+        name = self._hash_of.pop(page, None)
+        if name is not None:
+            del self._page_of[name]
+        self._adapter_of.pop(page, None)
+
+    def forget(self, adapter: str) -> None:
+        """No page in which the adapter of this identity acts is found again."""
+        for page in [page for page, one in self._adapter_of.items() if one == adapter]:
+            self._unregister(page)
+            if page in self._free:  # to be used first
+                self._free.move_to_end(page, last=False)
 
     def reset(self) -> None:
         """Forgets every hash; the pages in use stay so."""
         self._page_of.clear()
         self._hash_of.clear()
+        self._adapter_of.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Iterable
@@ -14,9 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jlora import kernels
-from jlora.config import EngineArgs, LoRAConfig
+from jlora.config import EngineArgs
 from jlora.engine import memory
+from jlora.engine.adapter_methods import IDLE_SECONDS, AdapterMethods
 from jlora.engine.adapter_pool import AdapterPool
+from jlora.engine.arrivals import Arrival, Arrivals
 from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
@@ -30,14 +33,13 @@ from jlora.engine.setup import (
     choose_implementation,
     lora_limits,
     make_mesh,
+    memory_table,
     runner_sizes,
 )
-from jlora.errors import AdapterInUseError
 from jlora.kernels import Implementation
 from jlora.manager import (
     AdapterVersion,
-    LoRAModel,
-    LRUCacheWorkerLoRAManager,
+    TieredLoRAManager,
 )
 from jlora.model import AXIS, BaseWeights, load_hf_config, load_model, model_config
 from jlora.projections import ModuleMap, check_shards
@@ -46,7 +48,7 @@ from jlora.request import LoRARequest, RequestOutput, SamplingParams
 logger = logging.getLogger(__name__)
 
 
-class LLMEngine:
+class LLMEngine(AdapterMethods):
     """Serves requests, each with its own adapter or none, by continuous batching."""
 
     def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
@@ -75,16 +77,21 @@ class LLMEngine:
         weights = load_model(
             model, args.model, mesh, revision=args.revision, dummy_seed=seed, progress=progress
         )
-        self.lora: LRUCacheWorkerLoRAManager | None = None
+        self.lora: TieredLoRAManager | None = None
         pool = None
         if self.lora_config is not None:
             made_up = None if seed is None else weights
             base = BaseWeights(model, args.model, args.revision, made_up)
-            self.lora = LRUCacheWorkerLoRAManager(
-                self.modules, self.lora_config, base, model_name=args.model
-            )
             dtype = self._pool_dtype(implementation)
             pool = AdapterPool(self.modules, self.lora_config, dtype, mesh, weights, base)
+            self.lora = TieredLoRAManager(
+                self.modules,
+                self.lora_config,
+                base,
+                model_name=args.model,
+                stage=pool.stage,
+                prepare=self.inputs.tokenizer_of,
+            )
         jax.block_until_ready(weights.params)
         sizes = runner_sizes(args, model, implementation)
         self.runner = ModelRunner(weights, model, sizes, mesh, pool)
@@ -100,8 +107,9 @@ class LLMEngine:
             self.model_config.restarts_above,
         )
         self._requests: dict[str, RequestState] = {}
+        self._arrivals, self._resolved = Arrivals(), {}
         self._in_flight: StepResult | None = None
-        self._seeds = np.random.default_rng(args.seed)
+        self._seeds, self._numbers = np.random.default_rng(args.seed), itertools.count()
         if not args.enforce_eager:
             self.warm_up(progress)
         for request in args.lora_modules or ():
@@ -121,23 +129,13 @@ class LLMEngine:
 
     def _log_memory(self, params: Any, sizes: RunnerConfig, mesh: Mesh, pool: Any) -> None:
         shards = mesh.shape[AXIS]
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / shards
         adapters = 0
         if pool is not None and self.lora_config is not None:
-            adapters = pool_bytes(
-                self.modules, self.lora_config, self._pool_dtype(sizes.implementation), shards
-            )
-        kv = self.runner.kv.nbytes / shards
-        logger.info(
-            "memory a device: weights %.1f MB, adapters %.1f MB (%s), KV cache %.1f MB "
-            "(%d pages of %d tokens)",
-            weights / 1e6,
-            adapters / 1e6,
-            _pool_text(self.lora_config),
-            kv / 1e6,
-            sizes.num_pages,
-            sizes.page_size,
-        )
+            dtype = self._pool_dtype(sizes.implementation)
+            adapters = pool_bytes(self.modules, self.lora_config, dtype, shards)
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // shards
+        kv = self.runner.kv.nbytes // shards
+        logger.info("%s", memory_table(weights, adapters, kv, sizes, self.lora_config))
 
     def warm_up(self, progress: bool = False) -> None:
         """Compiles every executable, then writes a dummy adapter of full rank into every slot."""
@@ -158,7 +156,8 @@ class LLMEngine:
 
     def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Any:
         """The tokeniser of the base model, or the adapter's own when its folder has one."""
-        return self.inputs.tokenizer_of(self._check_adapter(lora_request))
+        version = None if lora_request is None else self._read_adapter(lora_request)
+        return self.inputs.tokenizer_of(version)
 
     def add_request(
         self,
@@ -169,41 +168,61 @@ class LLMEngine:
         lora_request: LoRARequest | None = None,
         *,
         add_special_tokens: bool = True,
+        may_wait: bool = True,
     ) -> None:
-        """Queues a request. Raises ValueError (AdapterError) and changes nothing if it is bad."""
+        """Queues a request. Raises ValueError (AdapterError) and changes nothing if it is bad.
+
+        An adapter that has not been read yet is read in the background while other requests run,
+        and what is wrong with it, or with the request for it, is then the `error` of an output that
+        ends with "abort". While nobody runs it is read at once, if the call may wait.
+        """
         if not isinstance(request_id, str):
             raise ValueError(f"request_id must be a string, not {request_id!r}")
-        if request_id in self._requests:
+        if request_id in self._requests or request_id in self._arrivals:
             raise ValueError(f"request {request_id} is running already")
         params = params if params is not None else SamplingParams()
         self.inputs.check(prompt, params, lora_request)
-        request = self.inputs.process(
+        arrival = Arrival(
             request_id,
             prompt,
             params,
             lora_request,
-            self._check_adapter(lora_request),
-            self.runner.config.max_model_len,
             add_special_tokens,
+            next(self._numbers),
+            time.time() if arrival_time is None else arrival_time,
         )
-        if arrival_time is not None:
-            request.metrics.arrival_time = arrival_time
+        if lora_request is None:
+            self._queue(arrival, None)
+        elif may_wait and not self.scheduler.running and not len(self._arrivals):
+            version = self._read_adapter(lora_request)
+            if not self.scheduler.waiting:  # so that it runs in the next step
+                self._place_now(lora_request.lora_int_id)
+            self._queue(arrival, version)
+        else:
+            lora = self._lora_of(lora_request)
+            known = lora.known(lora_request)
+            if known is not None:
+                self._queue(arrival, known)
+            else:
+                self._arrivals.add(arrival, lora.fetch(lora_request))
+
+    def _queue(self, arrival: Arrival, version: AdapterVersion | None) -> None:
+        """version: of its adapter, which has been read."""
+        request = self.inputs.process(
+            arrival.request_id,
+            arrival.prompt,
+            arrival.params,
+            arrival.lora_request,
+            version,
+            self.runner.config.max_model_len,
+            arrival.add_special_tokens,
+        )
+        request.arrival, request.metrics.arrival_time = arrival.number, arrival.time
         for index in range(request.params.n):
             sequence = self._sequence(request, index)
             request.sequences.append(sequence)
             self.scheduler.add(sequence)
-        self._requests[request_id] = request
-
-    def _check_adapter(self, lora_request: LoRARequest | None) -> AdapterVersion | None:
-        """The version that would act now; reads it if need be."""
-        if lora_request is None:
-            return None
-        if self.lora is None:
-            raise ValueError(
-                f"the request names adapter {lora_request.lora_name!r}, but the engine was made "
-                "without enable_lora=True"
-            )
-        return self.lora.check(lora_request)
+        self._requests[request.request_id] = request
 
     def _sequence(self, request: RequestState, index: int) -> Sequence:
         seed = request.params.seed
@@ -236,18 +255,20 @@ class LLMEngine:
         """Ends requests at once; unknown ids are passed over, as they may have just finished."""
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         for one in ids:
+            self._arrivals.drop(one)
             request = self._requests.pop(one, None)
             for sequence in request.sequences if request is not None else ():
                 if not sequence.finished:
                     self._finish(sequence, "abort")
+        self._remove_leaving()
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._requests)
+        return bool(self._requests) or len(self._arrivals) > 0
 
     def get_num_unfinished_requests(self) -> int:
         """Requests that wait or run."""
-        return len(self._requests)
+        return len(self._requests) + len(self._arrivals)
 
     # -- steps -----------------------------------------------------------------------------
 
@@ -257,6 +278,7 @@ class LLMEngine:
         Returns what is new of the requests in the step that was read.
         """
         changed: dict[str, RequestState] = {}
+        self._take_arrivals(changed)
         plan = self.scheduler.schedule(in_flight=self._in_flight is not None)
         if plan is None:  # something must be preempted, and its last token is on the way
             self._collect(changed)
@@ -274,11 +296,14 @@ class LLMEngine:
         for sequence in self.scheduler.failed:
             changed[sequence.request.request_id] = sequence.request
         self.scheduler.failed.clear()
-        return self._report(changed)
+        if result is None and not changed and self.lora is not None and self.lora.busy:
+            self.lora.wait(IDLE_SECONDS)  # for an adapter: there is nothing else to do
+        outputs = self._report(changed)
+        self._remove_leaving()
+        return outputs
 
     def _dispatch(self, plan: Plan) -> StepResult:
-        if self.lora is not None and self.runner.pool is not None:
-            self.runner.pool.apply(self.lora.manager)
+        self._write_adapters()
         variants = {variant_of(entry.sequence.request.params) for entry in plan.entries}
         variant = next(one for one in ("full", "random", "greedy") if one in variants)
         wanted = any(
@@ -338,66 +363,9 @@ class LLMEngine:
                 del self._requests[request_id]
         return outputs
 
-    # -- adapters --------------------------------------------------------------------------
-
-    def _manager(self) -> LRUCacheWorkerLoRAManager:
-        if self.lora is None:
-            raise ValueError("the engine was made without enable_lora=True")
-        return self.lora
-
-    def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Loads an adapter before it is asked for; False when it was there already.
-
-        With load_inplace it replaces the version that is there, which no request may wait for.
-        """
-        if not isinstance(lora_request, LoRARequest):
-            raise ValueError(
-                f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
-            )
-        if lora_request.load_inplace:
-            self._require_nobody_waits(lora_request.lora_int_id, "reload")
-        return self._manager().add_adapter(lora_request)
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Forgets an adapter; False when it is unknown. AdapterInUseError while requests run."""
-        self._require_nobody_waits(lora_id, "remove")
-        return self._manager().remove_adapter(lora_id)
-
-    def _require_nobody_waits(self, lora_id: int, verb: str) -> None:
-        requests = (sequence.lora_request for sequence in self.scheduler.waiting)
-        waiting = sum(one is not None and one.lora_int_id == lora_id for one in requests)
-        if waiting:
-            raise AdapterInUseError(
-                f"adapter {lora_id} is wanted by {waiting} waiting sequences; {verb} it when they "
-                "have finished, or abort them"
-            )
-
-    def pin_lora(self, lora_id: int) -> bool:
-        """Keeps a loaded adapter in its slot until it is removed."""
-        return self._manager().pin_adapter(lora_id)
-
-    def list_loras(self) -> set[int]:
-        """Ids of the adapters in host memory."""
-        return self._manager().list_adapters()
-
-    def lora_tensor_counts(self, lora_id: int) -> dict[str, int]:
-        """How many of an adapter's tensors went to each row of the projection table, or to "bias".
-
-        Raises KeyError when the adapter is not on the host. A mixture has none of its own.
-        """
-        adapter = self._manager().manager.list_adapters()[lora_id]
-        return dict(adapter.tensor_counts) if isinstance(adapter, LoRAModel) else {}
+    # -- prefixes --------------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix."""
         self.pages.reset()
         return True
-
-
-def _pool_text(config: LoRAConfig | None) -> str:
-    if config is None:
-        return "LoRA off"
-    return (
-        f"{config.max_loras} slots, {config.pool_blocks} rank blocks a projection, "
-        f"{config.host_capacity} on the host"
-    )

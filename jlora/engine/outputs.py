@@ -108,6 +108,7 @@ def request_output(request: RequestState) -> RequestOutput | None:
         dataclasses.replace(request.metrics),
         request.num_cached_tokens,
         kind,
+        request.error,
     )
 
 

@@ -30,6 +30,14 @@ def row_specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec, PartitionS
             return WHOLE, WHOLE, WHOLE
 
 
+def staged_specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the arrays of BlockWrite.arrays are divided, as the pool that they are written into."""
+    return (
+        PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else WHOLE,
+        PartitionSpec(None, None, AXIS, None) if row.shard == "out" else WHOLE,
+    )
+
+
 def row_shapes(
     row: Projection, modules: ModuleMap, config: LoRAConfig, shards: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 
 from jlora.engine.kv_pages import PageAllocator
-from jlora.engine.sequence import Sequence, Status
-from jlora.manager import WorkerLoRAManager
+from jlora.engine.sequence import RequestState, Sequence, Status
+from jlora.manager import Needs, TieredLoRAManager
+from jlora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
-MAX_PASSES = 64  # sequences that may start before one that waits for a slot
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class Plan:
 
 
 class Scheduler:
-    """Sequences that wait and run. First come, first served; the last to come is preempted."""
+    """Sequences that wait and run. First come, first served; the last to come is preempted.
+
+    A sequence whose adapter is not on the device lets others pass, but only so many of them: then
+    adapters in use start nobody else until it has a slot.
+    """
 
     def __init__(
         self,
         pages: PageAllocator,
-        lora: WorkerLoRAManager | None,
+        lora: TieredLoRAManager | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
@@ -69,8 +74,11 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence waits for its turn."""
-        self.waiting.append(sequence)
+        """A sequence waits for its turn, which is that of its request's arrival."""
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].request.arrival > sequence.request.arrival:
+            at -= 1
+        self.waiting.insert(at, sequence)
 
     def schedule(self, in_flight: bool) -> Plan | None:
         """The next step, or None when the one in flight must be collected first.
@@ -147,43 +155,87 @@ class Scheduler:
         return count
 
     def _admit(self, plan: Plan, budget: int) -> None:
-        """Starts waiting sequences in order; one whose adapter has no slot lets others pass.
-
-        Not for ever: after MAX_PASSES of them no other adapter starts before it does.
-        """
+        """Starts waiting sequences in order; one whose adapter is not there lets others pass."""
         passed: list[Sequence] = []
-        full: set[int] = set()  # adapters that can have no slot in this step
-        enough = False  # somebody has been passed often enough
+        not_now = self._prepare_adapters()  # adapters of which nobody starts in this step
         while self.waiting and budget > 0 and self._free_rows:
             sequence = self.waiting.popleft()
             adapter = sequence.adapter_id
-            must_wait = adapter is not None and (enough or adapter in full)
-            if must_wait or not self._acquire_slot(sequence):
+            if adapter in not_now or not self._acquire_slot(sequence):
                 if not sequence.finished:
                     passed.append(sequence)
-                    enough |= sequence.passes >= MAX_PASSES
-                    full.add(adapter or 0)
+                    not_now.add(adapter)
                 continue
+            first = self._bind(sequence)
             count = self._start(sequence, budget)
             if count == 0:  # no pages: nobody behind it may take them
+                if first:
+                    self._unbind(sequence.request)
                 self._release_slot(sequence)
                 self.waiting.appendleft(sequence)
                 break
+            self._note_start(sequence)
             for other in passed:
                 other.passes += 1
             self.running.append(sequence)
             plan.admitted.append(sequence)
             budget -= self._enter(plan, sequence, count)
         self.waiting.extendleft(reversed(passed))
-        if self.waiting and not self.running and not plan.entries:
+        nothing_to_wait_for = self.lora is None or not self.lora.busy
+        if self.waiting and not self.running and not plan.entries and nothing_to_wait_for:
             self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
 
+    def _prepare_adapters(self) -> set[int | None]:
+        """Has the adapters of waiting sequences fetched; returns those in use that must end first.
+
+        Those are as few as leave room for the first sequences that have been passed often enough,
+        an eighth of the slots at a time: emptying more makes batches small (docs/benchmarks.md).
+        """
+        if self.lora is None or not self.waiting:
+            return set()
+        wanted: list[tuple[LoRARequest, int]] = []
+        late: dict[int, Needs] = {}
+        limit, manager = self.lora.lora_config.max_lora_passes, self.lora.manager
+        for sequence in self.waiting:
+            request, adapter_id = sequence.lora_request, sequence.adapter_id
+            if request is None or adapter_id is None:
+                continue
+            wanted.append((request, adapter_id))
+            if sequence.passes >= limit and manager.slot_of(adapter_id) is None:
+                late[adapter_id] = self.lora.version(adapter_id).needs
+        self.lora.want(wanted)
+        at_once = max(self.lora.lora_config.max_loras // 8, 1)
+        return set(manager.to_drain(dict(itertools.islice(late.items(), at_once))))
+
+    def _bind(self, sequence: Sequence) -> bool:
+        """Its request uses the version that acts now, to its end; False when it was so before."""
+        request, adapter_id = sequence.request, sequence.adapter_id
+        if adapter_id is None or request.adapter_identity or self.lora is None:
+            return False
+        request.adapter_identity = self.lora.version(adapter_id).identity
+        self.lora.manager.bind(adapter_id)
+        return True
+
+    def _unbind(self, request: RequestState) -> None:
+        """Lets go of the version that the request has begun with, if it has."""
+        if request.adapter_identity and request.adapter_id is not None and self.lora is not None:
+            request.adapter_identity = ""
+            self.lora.manager.unbind(request.adapter_id)
+
+    def _note_start(self, sequence: Sequence) -> None:
+        metrics, lora_request = sequence.request.metrics, sequence.lora_request
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = time.time()
+            if lora_request is not None and self.lora is not None:
+                waited = metrics.first_scheduled_time - metrics.arrival_time
+                self.lora.counters.waited(lora_request.lora_name, waited)
+
     def _acquire_slot(self, sequence: Sequence) -> bool:
-        request = sequence.lora_request
-        if request is None or self.lora is None:
+        request, adapter_id = sequence.lora_request, sequence.adapter_id
+        if request is None or adapter_id is None or self.lora is None:
             return True
         try:
-            slot = self.lora.acquire(request)
+            slot = self.lora.acquire(request, adapter_id)
         except Exception as error:  # of any kind: the others must go on
             self._fail(sequence, str(error))
             return False
@@ -191,17 +243,11 @@ class Scheduler:
             return False
         sequence.slot = slot
         # Not earlier: its files may have changed while the request waited.
-        adapter_id, checked = request.lora_int_id, sequence.request.adapter_version
+        checked = sequence.request.adapter_version
         if checked is not None and not self.lora.version(adapter_id).takes_requests_for(checked):
             self._release_slot(sequence)
             self._fail(sequence, "its adapter has become one with other tokens while it waited")
             return False
-        identity = self.lora.identity(adapter_id)
-        if sequence.output_tokens and identity != sequence.adapter_identity:
-            self._release_slot(sequence)
-            self._fail(sequence, "its adapter has been replaced in the middle of its answer")
-            return False
-        sequence.adapter_identity = identity
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:
@@ -225,8 +271,6 @@ class Scheduler:
         request = sequence.request
         if request.num_cached_tokens is None:
             request.num_cached_tokens = sequence.num_computed
-        if request.metrics.first_scheduled_time is None:
-            request.metrics.first_scheduled_time = time.time()
         return count
 
     def register_pages(self, sequence: Sequence) -> None:
@@ -239,7 +283,9 @@ class Scheduler:
             parent, start = sequence.hashes[-1] if sequence.hashes else None, index * size
             name = sequence.prefix.page_hash(parent, start, sequence.tokens[start : start + size])
             sequence.hashes.append(name)
-            self.pages.register(sequence.pages[index], name)
+            acts_here = sequence.acts_from is not None and start + size > sequence.acts_from
+            adapter = sequence.prefix.adapter if acts_here else ""
+            self.pages.register(sequence.pages[index], name, adapter)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
@@ -256,6 +302,8 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
         sequence.finish("abort", reason)
+        if sequence.request.finished:
+            self._unbind(sequence.request)
         self.failed.append(sequence)
         logger.error("request %s failed: %s", sequence.request.request_id, reason)
 
@@ -273,3 +321,5 @@ class Scheduler:
             self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        if sequence.request.finished:
+            self._unbind(sequence.request)

@@ -34,7 +34,7 @@ class Sequence:
     tokens: prompt and known output. num_computed: positions whose KV is written by the steps
     dispatched so far. in_flight: sampled tokens that the host has not read yet. rope_length: see
     kv_pages.Prefix. acts_from: the position from which on the adapter acts, None when it never
-    does. adapter_identity: of the version that acts, so known when it starts to run.
+    does.
     """
 
     request: RequestState
@@ -50,7 +50,6 @@ class Sequence:
     in_flight: int = 0
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
-    adapter_identity: str = ""
     row: int = -1
     slot: int = -1
     passes: int = 0  # sequences that have started before it while it waited for a slot
@@ -69,13 +68,14 @@ class Sequence:
 
     @property
     def adapter_id(self) -> int | None:
-        """Its id."""
-        return None if self.lora_request is None else self.lora_request.lora_int_id
+        """The id of that adapter, or of the version of it that the request has begun with."""
+        return None if self.lora_request is None else self.request.adapter_id
 
     @property
     def prefix(self) -> Prefix:
         """What its pages depend on besides the tokens."""
-        return Prefix(self.rope_length, self.adapter_identity, self.acts_from or 0)
+        identity = "" if self.acts_from is None else self.request.adapter_identity
+        return Prefix(self.rope_length, identity, self.acts_from or 0)
 
     @property
     def length(self) -> int:
@@ -111,7 +111,12 @@ class Sequence:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request and its n sequences."""
+    """A request and its n sequences.
+
+    arrival: its number in the order in which requests came. adapter_id: of its adapter, or of the
+    version that it has begun with when that has been superseded. adapter_identity: of the version
+    that it has begun with, "" before. error: why it could not be served.
+    """
 
     request_id: str
     prompt: str | None
@@ -122,10 +127,18 @@ class RequestState:
     stop_ids: frozenset[int]
     tokenizer: Any = None
     adapter_version: AdapterVersion | None = None  # for which it was checked
+    arrival: int = 0
+    adapter_id: int | None = None
+    adapter_identity: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.time()))
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora_request is not None:
+            self.adapter_id = self.lora_request.lora_int_id
 
     @property
     def finished(self) -> bool:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jlora import kernels
-from jlora.config import EngineArgs, LoRAConfig, ModelConfig
+from jlora.config import LORA_BLOCK_RANK, EngineArgs, LoRAConfig, ModelConfig
 from jlora.engine import memory
 from jlora.engine.runner import RunnerConfig
 from jlora.kernels import Implementation
@@ -100,3 +100,31 @@ def choose_implementation(args: EngineArgs, model: ModelConfig) -> Implementatio
             f"kernel_implementation={name!r} does not run on {jax.default_backend()} devices"
         )
     return name
+
+
+def memory_table(
+    weights: int, adapters: int, kv: int, sizes: RunnerConfig, config: LoRAConfig | None
+) -> str:
+    """What the memory of a device goes to, in bytes, and how many adapters have room there."""
+    rows = [("weights", weights, "")]
+    if config is None:
+        rows.append(("adapters", 0, "LoRA off"))
+    else:
+        each = {rank: -(-rank // LORA_BLOCK_RANK) for rank in (8, 16, 64)}
+        fit = (
+            f"{min(config.max_loras, config.pool_blocks // blocks)} of rank {rank}"
+            for rank, blocks in each.items()
+            if rank <= config.max_lora_rank
+        )
+        rows.append(
+            (
+                "adapters",
+                adapters,
+                f"{config.max_loras} slots, {config.pool_blocks} rank blocks a projection: "
+                f"{', '.join(fit) or f'ranks up to {config.max_lora_rank}'}; "
+                f"{config.host_capacity} on the host",
+            )
+        )
+    rows.append(("KV cache", kv, f"{sizes.num_pages} pages of {sizes.page_size} tokens"))
+    lines = [f"  {name:<9}{size / 1e6:>12.1f} MB  {note}".rstrip() for name, size, note in rows]
+    return "\n".join(["memory of a device", *lines])

@@ -1,7 +1,8 @@
-"""Host memory in which an adapter's blocks are packed for the device."""
+"""Adapters on their way to the device, and the host memory in which they are packed for it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -9,6 +10,17 @@ import numpy as np
 from jax.sharding import Sharding
 
 _EACH = 2  # arrays of a kind: one is filled while the other is on its way
+
+
+@dataclass
+class StagedAdapter:
+    """An adapter that only needs a place: blocks on the device, and arrays of its features.
+
+    blocks: by BlockWrite.name, a, b and scales. features: by FeatureWrite.name.
+    """
+
+    blocks: dict[tuple, tuple[jax.Array, jax.Array, jax.Array]] = field(default_factory=dict)
+    features: dict[tuple, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
 
 class StagingBuffers:

@@ -140,8 +140,9 @@ def _deltas(delta: LoRADelta | None, slot, rows, mine, pieces, in_columns) -> li
         return lax.fori_loop(0, jnp.where(slot < 0, 0, count), one_turn, (first, sums))[1]
 
     sums = zeros
-    for each in turns(slots, known_slot, turn_sizes(2 if shape[0] == 1 else 1, max_blocks)):
-        sums = take(*each, sums)
+    sizes = turn_sizes(2 if shape[0] == 1 else 1, max_blocks)
+    for size, first_block, count in turns(slots, known_slot, sizes):
+        sums = take(size, first_block, count, sums)
     return sums
 
 

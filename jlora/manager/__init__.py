@@ -3,12 +3,19 @@
 from jlora.manager.blocks import (
     BlockPool,
     BlockWrite,
+    Needs,
     SlotMap,
     blocks_needed,
     pool_rows,
     row_blocks,
 )
-from jlora.manager.features import FeatureWrite, feature_rows, no_features
+from jlora.manager.features import (
+    FeatureWrite,
+    feature_rows,
+    feature_writes,
+    is_full,
+    no_features,
+)
 from jlora.manager.loader import AdapterLoader
 from jlora.manager.lora_model import (
     BaseWeight,
@@ -21,6 +28,9 @@ from jlora.manager.manager import LoRAModelManager, Write
 from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft_config import PEFTHelper, other_base_model
 from jlora.manager.requirements import UNLIMITED, fitted, options_for
+from jlora.manager.resolver import FolderResolver, HubResolver, LoRAResolver, resolve
+from jlora.manager.stats import Durations, LoRAStats
+from jlora.manager.tiers import AdapterState, AdapterStatus, TieredLoRAManager
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,
@@ -30,28 +40,40 @@ from jlora.manager.worker_manager import (
 __all__ = [
     "UNLIMITED",
     "AdapterLoader",
+    "AdapterState",
+    "AdapterStatus",
     "AdapterVersion",
     "BaseWeight",
     "BlockPool",
     "BlockWrite",
+    "Durations",
     "FeatureWrite",
+    "FolderResolver",
+    "HubResolver",
     "LRUCacheWorkerLoRAManager",
     "LoRALayerWeights",
     "LoRAMixture",
     "LoRAModel",
     "LoRAModelManager",
+    "LoRAResolver",
+    "LoRAStats",
+    "Needs",
     "PEFTHelper",
     "PackedLoRALayerWeights",
     "SlotMap",
+    "TieredLoRAManager",
     "VocabRows",
     "WorkerLoRAManager",
     "Write",
     "blocks_needed",
     "feature_rows",
+    "feature_writes",
     "fitted",
+    "is_full",
     "no_features",
     "options_for",
     "other_base_model",
     "pool_rows",
+    "resolve",
     "row_blocks",
 ]

@@ -96,6 +96,11 @@ class BlockWrite:
         self.block, self.first_rank = block, index * LORA_BLOCK_RANK
         self.layer = layer
 
+    @property
+    def name(self) -> tuple[str, int, int | None]:
+        """Which of its adapter's blocks it writes, wherever that is in the pool."""
+        return self.projection.name, self.first_rank, self.layer
+
     @classmethod
     def all(
         cls, lora: LoRAModel, modules: ModuleMap, projection: Projection, blocks: list[int]

@@ -48,6 +48,11 @@ class FeatureWrite:
     projection: Projection
     index: int
 
+    @property
+    def name(self) -> tuple[Feature, str]:
+        """Which of its adapter's features it writes, wherever that is."""
+        return self.feature, self.projection.name
+
     def magnitudes(self, shards: int) -> np.ndarray:
         """float32 [layers, stored width]; NaN where a module has none."""
         values = {

@@ -14,7 +14,7 @@ from jlora.errors import AdapterError
 from jlora.manager.blocks import most_blocks
 from jlora.manager.lora_model import BaseWeight, LoRAModel
 from jlora.manager.mixture import Adapter, mix
-from jlora.manager.peft import content_identity, file_identity, resolve_adapter_path
+from jlora.manager.peft import content_identity, file_fingerprint, resolve_adapter_path
 from jlora.manager.peft_config import PEFTHelper, other_base_model
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
@@ -45,15 +45,18 @@ class AdapterLoader:
         request: LoRARequest,
         folder: Path | None = None,
         on_host: Callable[[LoRARequest], Adapter | None] = lambda _: None,
+        known: Any = None,
     ) -> tuple[Adapter, Path | None]:
         """The adapter, and the folder of its files if it has one.
 
-        folder: where it is known to be. on_host: gives a component that need not be read. Raises
+        folder: where it is known to be. on_host: gives a component that need not be read. known:
+        the version that was read last, whose identity holds while its files are the same. Raises
         AdapterError for anything that cannot be served.
         """
         name, start = f"adapter {request.lora_name!r}", time.perf_counter()
+        before = None if known is None else (known.fingerprint, known.identity)
         try:
-            adapter, folder = self._read(request, folder, on_host)
+            adapter, folder = self._read(request, folder, on_host, before)
             self._check_blocks(adapter, name)
         except AdapterError as error:
             logger.warning("refused %s", error)
@@ -76,6 +79,7 @@ class AdapterLoader:
         request: LoRARequest,
         folder: Path | None,
         on_host: Callable[[LoRARequest], Adapter | None],
+        known: tuple[str, str] | None = None,
     ) -> tuple[Adapter, Path | None]:
         adapter_id, name = request.lora_int_id, f"adapter {request.lora_name!r}"
         if request.components is not None:
@@ -99,7 +103,7 @@ class AdapterLoader:
         else:
             folder = folder or self.folder(request)
             lora = LoRAModel.from_local_checkpoint(
-                folder, adapter_id, *limits, base_weight=self._base_weight
+                folder, adapter_id, *limits, base_weight=self._base_weight, known=known
             )
         self._warn_of_base(request.base_model_name or lora.base_model_name, name)
         return lora, folder
@@ -151,14 +155,14 @@ class AdapterLoader:
         """Where the files are; a Hub repository is downloaded, or found in its cache."""
         return resolve_adapter_path(request.lora_path, f"adapter {request.lora_name!r}")
 
-    def identity(self, request: LoRARequest, folder: Path | None = None) -> str:
-        """The identity that the request's adapter would have if it were loaded now."""
+    def fingerprint(self, request: LoRARequest, folder: Path | None = None) -> str:
+        """The fingerprint that the request's adapter would have if it were loaded now."""
         if request.lora_tensors is not None:
             name = f"adapter {request.lora_name!r}"
             return content_identity(request.lora_tensors, request.peft_config or {}, name)
         if request.components is not None:
             return self._read(request, None, lambda _: None)[0].identity
-        return file_identity(folder or self.folder(request))
+        return file_fingerprint(folder or self.folder(request))
 
 
 def source(request: LoRARequest) -> str:

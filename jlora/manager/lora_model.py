@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.config import LoRAConfig
-from jlora.manager.peft import as_array, file_identity, open_adapter
+from jlora.errors import AdapterError
+from jlora.manager.peft import as_array, file_fingerprint, folder_hash, open_adapter
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.reader import read_parts
 from jlora.manager.requirements import check_reserved, expert_blocks, needs
@@ -20,6 +23,7 @@ from jlora.projections import ModuleMap
 __all__ = ["LoRALayerWeights", "LoRAModel", "PackedLoRALayerWeights", "VocabRows"]
 
 BaseWeight = Callable[[str], np.ndarray]
+_READS = 3  # of files that somebody writes at the same time
 
 
 class LoRAModel:
@@ -40,7 +44,8 @@ class LoRAModel:
         tensor_counts: dict[str, int] | None = None,
         expert_blocks: int = 0,
     ) -> None:
-        """rank: the largest of the layers. identity: what makes this version this one.
+        """rank: the largest of the layers. identity: what makes this version this one: a hash of
+        what it holds; `fingerprint` is as good where it was not made of files.
 
         biases: module -> what its bias is instead of the base's, [d_out]. vocab_rows: by
         "embed_tokens", "lm_head". added_tokens: ids from the base's vocabulary size on that the
@@ -62,6 +67,7 @@ class LoRAModel:
         self.expert_blocks = expert_blocks
         self.blocks_needed: dict[str, int] | None = None  # see blocks.blocks_needed
         self.identity = identity or f"id:{lora_model_id}"
+        self.fingerprint = self.identity  # of its files, where it has any (see file_fingerprint)
 
     @property
     def key(self) -> str:
@@ -92,7 +98,7 @@ class LoRAModel:
         """The least value of each option of LoRAConfig with which it is served."""
         return needs(self)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         arrays = [
@@ -113,19 +119,31 @@ class LoRAModel:
         lora_config: LoRAConfig,
         name: str | None = None,
         base_weight: BaseWeight | None = None,
+        known: tuple[str, str] | None = None,
     ) -> LoRAModel:
         """Reads a folder that PEFT saved. Raises AdapterError for anything that does not fit.
 
         base_weight: gives a tensor of the base model ("model.embed_tokens.weight"; "lm_head.weight"
         also of a tied model) as the checkpoint has it, to compare what PEFT saved beside the
-        adapter; without it an adapter that holds such tensors is refused.
+        adapter; without it an adapter that holds such tensors is refused. known: an earlier
+        fingerprint of the files, and the identity that they had.
         """
         folder = Path(lora_dir)
         name = name or f"adapter {folder.name}"
-        identity = file_identity(folder)
-        with open_adapter(folder, name) as (helper, tensors):
-            source = Source(name, helper, modules, lora_config, base_weight)
-            return cls._from_source(lora_model_id, source, tensors, identity)
+        for _ in range(_READS):
+            fingerprint = file_fingerprint(folder)
+            identity = known[1] if known is not None and known[0] == fingerprint else ""
+            # Beside the reading: hashing takes about as long, and both let other threads run.
+            with ThreadPoolExecutor(1) as executor:
+                hashed = None if identity else executor.submit(folder_hash, folder)
+                with open_adapter(folder, name) as (helper, tensors):
+                    source = Source(name, helper, modules, lora_config, base_weight)
+                    lora = cls._from_source(lora_model_id, source, tensors, "")
+            if file_fingerprint(folder) == fingerprint:
+                lora.identity = identity if hashed is None else hashed.result()
+                lora.fingerprint = fingerprint
+                return lora
+        raise AdapterError(f"{name}: the files in {folder} change while they are read")
 
     @classmethod
     def from_lora_tensors(

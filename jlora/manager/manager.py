@@ -10,6 +10,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterInUseError
@@ -43,7 +44,8 @@ class LoRAModelManager:
     """Adapters in host memory (least recently used first) and in the slots of the device.
 
     Every adapter in a slot is on the host too. An adapter that is held, that is, pinned or
-    acquired by a running request, is in a slot and is evicted from neither.
+    acquired by a running request, is in a slot and is evicted from neither. One that is bound to
+    requests that have begun stays on the host until they have ended.
     """
 
     def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
@@ -55,7 +57,10 @@ class LoRAModelManager:
         self._resident: dict[str, _Resident] = {}  # by LoRAModel.key
         self._free_slots = set(range(self.lora_slots))
         self._pinned: set[int] = set()
-        self._users: dict[int, int] = {}
+        self._users: dict[int, int] = {}  # running sequences
+        self._bound: dict[int, int] = {}  # requests that have begun and not ended
+        self._superseded = 0  # versions that live on under ids below 0, ever
+        self.slot_evictions = self.host_evictions = 0
         self.rows = {row.name: row for row in pool_rows(modules, lora_config)}
         self.pools = {
             name: BlockPool(row_blocks(row, lora_config)) for name, row in self.rows.items()
@@ -102,9 +107,27 @@ class LoRAModelManager:
         """The slot that holds the adapter."""
         return self._slots.get(adapter_id)
 
+    @property
+    def free_slots(self) -> set[int]:
+        """The slots that hold no adapter."""
+        return set(self._free_slots)
+
+    @property
+    def unwritten(self) -> set[str]:
+        """Keys of the adapters whose blocks are still to be written."""
+        return {write.lora.key for write in self._writes}
+
+    def is_resident(self, key: str) -> bool:
+        """Whether an adapter (LoRAModel.key) has blocks on the device."""
+        return key in self._resident
+
     def in_use(self, adapter_id: int) -> bool:
-        """Whether a running request has acquired the adapter."""
-        return adapter_id in self._users
+        """Whether a request that has begun uses the adapter."""
+        return adapter_id in self._users or adapter_id in self._bound
+
+    def users(self, adapter_id: int) -> int:
+        """Running sequences that have acquired the adapter."""
+        return self._users.get(adapter_id, 0)
 
     def is_pinned(self, adapter_id: int) -> bool:
         """Whether the adapter is pinned."""
@@ -121,7 +144,11 @@ class LoRAModelManager:
         return self._pinned | self._users.keys()
 
     def _evictable(self, adapter_id: int) -> bool:
+        """From its slot."""
         return adapter_id not in self._users and adapter_id not in self._pinned
+
+    def _leaves_host(self, adapter_id: int) -> bool:
+        return self._evictable(adapter_id) and adapter_id not in self._bound
 
     def touch(self, adapter_id: int) -> None:
         """Makes the adapter the most recently used one."""
@@ -132,30 +159,88 @@ class LoRAModelManager:
 
     # -- host -----------------------------------------------------------------------------
 
-    def has_host_room(self) -> bool:
-        """Whether one more adapter can be added, by eviction if need be."""
-        return len(self._adapters) < self.capacity or any(map(self._evictable, self._adapters))
+    @property
+    def host_bytes(self) -> int:
+        """Of all tensors on the host."""
+        return sum(adapter.nbytes for adapter in self._adapters.values())
+
+    def has_host_room(self, nbytes: int = 0) -> bool:
+        """Whether one more adapter of so many bytes can be added, by eviction if need be."""
+        return self._host_victims(nbytes) is not None
+
+    def _host_victims(self, nbytes: int) -> list[int] | None:
+        """The least recently used adapters that must leave the host; None if it cannot be."""
+        budget = self.lora_config.max_cpu_lora_bytes
+        count, held = len(self._adapters) + 1, self.host_bytes + nbytes if budget else 0
+        victims, leaving = [], filter(self._leaves_host, self._adapters)
+        while count > self.capacity or (budget is not None and held > budget):
+            victim = next(leaving, None)
+            if victim is None:
+                return None
+            victims.append(victim)
+            count, held = count - 1, held - self._adapters[victim].nbytes
+        return victims
 
     def add_adapter(self, lora: Adapter) -> bool:
         """Registers an adapter; False when its id is there already.
 
-        Evicts the least recently used adapter when the host is full; raises AdapterInUseError
-        when all are pinned or in use.
+        Evicts least recently used adapters when the host is full; raises AdapterInUseError when
+        all are pinned or in use.
         """
         if lora.id in self._adapters:
             self.touch(lora.id)
             return False
-        if len(self._adapters) >= self.capacity:
-            oldest = next(filter(self._evictable, self._adapters), None)
-            if oldest is None:
+        victims = self._host_victims(lora.nbytes)
+        if victims is None:
+            budget = self.lora_config.max_cpu_lora_bytes
+            if budget is None:
                 raise AdapterInUseError(
                     f"all {self.capacity} adapters on the host are pinned or in use; raise "
                     "max_cpu_loras or remove one"
                 )
-            self.remove_adapter(oldest)
-            logger.info("evicted adapter %d from the host", oldest)
+            raise AdapterInUseError(
+                f"no room on the host for the {lora.nbytes} bytes of adapter {lora.id}: "
+                f"max_cpu_loras={self.capacity} and max_cpu_lora_bytes={budget} beside those that "
+                "are pinned or in use; raise them or remove one"
+            )
+        for victim in victims:
+            self.remove_adapter(victim)
+            self.host_evictions += 1
+            logger.info("evicted adapter %d from the host", victim)
         self._adapters[lora.id] = lora
         return True
+
+    def supersede(self, adapter_id: int) -> int:
+        """Gives a registered adapter an id of its own, below 0, with slot and users, but no pin.
+
+        So its requests end with it while its old id stands for something else. It is forgotten
+        when the last of them is unbound.
+        """
+        self._superseded += 1
+        new = -self._superseded
+        self._pinned.discard(adapter_id)
+        tables: tuple[dict[int, Any], ...] = (
+            self._adapters,
+            self._slots,
+            self._users,
+            self._bound,
+        )
+        for table in tables:
+            if adapter_id in table:
+                table[new] = table.pop(adapter_id)
+        return new
+
+    def bind(self, adapter_id: int) -> None:
+        """A request has begun with the adapter: it stays on the host until `unbind`."""
+        self._bound[adapter_id] = self._bound.get(adapter_id, 0) + 1
+
+    def unbind(self, adapter_id: int) -> None:
+        """A request that had begun has ended. A superseded adapter goes with the last one."""
+        self._bound[adapter_id] -= 1
+        if self._bound[adapter_id] == 0:
+            del self._bound[adapter_id]
+            if adapter_id < 0:
+                self.remove_adapter(adapter_id)
 
     def replace_adapter(self, lora: Adapter) -> None:
         """Puts another version in the place of a registered adapter; it keeps its pin.
@@ -182,6 +267,11 @@ class LoRAModelManager:
         """
         if adapter_id not in self._adapters:
             return False
+        if adapter_id in self._bound and adapter_id not in self._users:
+            raise AdapterInUseError(
+                f"adapter {adapter_id} is in use by {self._bound[adapter_id]} requests that have "
+                "begun; remove it when they have finished"
+            )
         self.deactivate_adapter(adapter_id)
         del self._adapters[adapter_id]
         return True
@@ -189,7 +279,7 @@ class LoRAModelManager:
     def remove_all_adapters(self) -> None:
         """Forgets every adapter that no running request uses."""
         for adapter_id in list(self._adapters):
-            if adapter_id not in self._users:
+            if not self.in_use(adapter_id):
                 self.remove_adapter(adapter_id)
 
     # -- device ---------------------------------------------------------------------------
@@ -239,6 +329,23 @@ class LoRAModelManager:
 
     def _size(self, name: str) -> int:
         return self.pools[name].num_blocks if name in self.pools else 0
+
+    def to_drain(self, needs: Mapping[int, Needs]) -> set[int]:
+        """Adapters whose sequences must end so that others can be placed: those with the fewest.
+
+        needs: of the others, in the order in which they come; those that pins leave no room for
+        count for nothing.
+        """
+        wanted: dict[int, Needs] = {}
+        drained: set[int] = set()
+        busy = sorted(self._users.keys() - self._pinned, key=lambda one: (self._users[one], one))
+        for adapter_id, one in needs.items():
+            wanted[adapter_id] = one
+            while not self.fits(wanted, beside=self.held - drained):
+                if len(drained) == len(busy):
+                    return drained
+                drained.add(busy[len(drained)])
+        return drained
 
     def can_activate(self, adapter_id: int) -> bool:
         """Whether `activate_adapter` would succeed now."""
@@ -294,6 +401,7 @@ class LoRAModelManager:
             self._resident[key].slots += 1
         for victim in victims:
             self.deactivate_adapter(victim)
+            self.slot_evictions += 1
             logger.info("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
         slot = min(self._free_slots)  # as vLLM
         self._free_slots.remove(slot)

@@ -25,6 +25,11 @@ class LoRAMixture:
     identity: str
 
     @property
+    def fingerprint(self) -> str:
+        """Its identity, which tells of its components' content."""
+        return self.identity
+
+    @property
     def rank(self) -> int:
         """The ranks of the components together."""
         return sum(lora.rank for lora, _ in self.components)

@@ -27,7 +27,7 @@ from jlora.manager.peft_values import CONFIG_NAME
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 # What is taken of a Hub repository besides the weights: the tokeniser may have tokens of its own.
-_HUB_FILES = (
+HUB_FILES = (
     CONFIG_NAME,
     "tokenizer*",
     "special_tokens_map.json",
@@ -104,9 +104,9 @@ def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(path, allow_patterns=[*_HUB_FILES, WEIGHTS_NAME]))
+        folder = Path(snapshot_download(path, allow_patterns=[*HUB_FILES, WEIGHTS_NAME]))
         if not (folder / WEIGHTS_NAME).exists():
-            folder = Path(snapshot_download(path, allow_patterns=[*_HUB_FILES, PICKLE_NAME]))
+            folder = Path(snapshot_download(path, allow_patterns=[*HUB_FILES, PICKLE_NAME]))
         return folder
     except Exception as error:
         raise AdapterError(
@@ -188,7 +188,7 @@ def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
-def file_identity(folder: Path) -> str:
+def file_fingerprint(folder: Path) -> str:
     """Changes when the adapter's files do: a digest of their names, sizes and times."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for name in _FILES:
@@ -200,6 +200,20 @@ def file_identity(folder: Path) -> str:
         except OSError:
             digest.update(f"{name}:absent".encode())
     return digest.hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """Names an adapter by what its files hold, wherever they are and whenever they were written."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    for name in _FILES:
+        try:
+            with (folder / name).open("rb", buffering=0) as file:
+                digest.update(f"{name}:{os.fstat(file.fileno()).st_size}:".encode())
+                while count := file.readinto(buffer):
+                    digest.update(memoryview(buffer)[:count])
+        except OSError:
+            digest.update(f"{name}:absent".encode())
+    return f"files:{digest.hexdigest()}"
 
 
 def as_array(value: Any, key: str, adapter: str) -> np.ndarray:

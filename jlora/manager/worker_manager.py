@@ -32,7 +32,8 @@ class AdapterVersion:
 
     name: of the request that loaded it. request: itself; None when that would keep alive the
     arrays of an adapter that is not on the host any more. source: what it named, whatever the
-    spelling. folder: of its files, if it has any. needs: what it takes on the device.
+    spelling. folder: of its files, if it has any. identity: a hash of what it holds. fingerprint:
+    tells without reading whether its files have changed since. needs: what it takes on the device.
     added_tokens, invocation_tokens: see LoRAModel.
     """
 
@@ -41,6 +42,7 @@ class AdapterVersion:
     source: str
     folder: Path | None
     identity: str
+    fingerprint: str
     needs: Needs
     added_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
@@ -81,6 +83,8 @@ class WorkerLoRAManager:
         self.manager = LoRAModelManager(modules, lora_config)
         self._loader = AdapterLoader(modules, lora_config, base_weight, model_name)
         self._versions: dict[int, AdapterVersion] = {}
+        # (id, the id under which its last version lives on), for who keeps ids of requests.
+        self.superseded: list[tuple[int, int]] = []
 
     # -- vLLM's interface ------------------------------------------------------------------
 
@@ -155,56 +159,6 @@ class WorkerLoRAManager:
     def _forget_others(self, wanted: set[int]) -> None:
         for adapter_id in self.list_adapters() - wanted - self.manager.held:
             self.manager.remove_adapter(adapter_id)
-
-    # -- the engine's interface ------------------------------------------------------------
-
-    def check(self, request: LoRARequest) -> AdapterVersion:
-        """Makes sure, before a request is admitted, that its adapter can be served.
-
-        Reads it (keeping it on the host when there is room). Returns the version that there is.
-        """
-        adapter_id = request.lora_int_id
-        known = self._known(request)
-        self._require_room(request)
-        if self.manager.get_adapter(adapter_id) is not None or self.manager.has_host_room():
-            loaded = self._read(request)
-            self._require_room(request, self._needs(adapter_id, loaded))
-            self._put(request, loaded)
-        else:
-            if known is None or known.identity != self._identity_now(request, known):
-                self._versions[adapter_id] = self._load(request)[1]
-                self._let_arrays_go()
-            self._require_room(request, self._versions[adapter_id].needs)
-        return self._versions[adapter_id]
-
-    def acquire(self, request: LoRARequest) -> int | None:
-        """A slot for a request that starts to run, or None when it must wait for others to end.
-
-        Raises AdapterError when the adapter must be read again and cannot, AdapterInUseError when
-        adapters pinned since leave it no place.
-        """
-        adapter_id, manager = request.lora_int_id, self.manager
-        known = self._known(request)
-        if manager.slot_of(adapter_id) is None:
-            self._require_room(request, known.needs if known is not None else None)
-            if not manager.has_slot_room():
-                return None
-            if manager.get_adapter(adapter_id) is None:
-                # Not read before it has a place, or those that wait would evict each other.
-                if not manager.has_host_room() or (known and not manager.can_place(known.needs)):
-                    return None
-                self._put(request, self._read(request))
-            if not manager.can_activate(adapter_id):
-                return None
-        return manager.acquire(adapter_id)
-
-    def version(self, adapter_id: int) -> AdapterVersion:
-        """The version on the host, or else the one that was read last."""
-        return self._versions[adapter_id]
-
-    def identity(self, adapter_id: int) -> str:
-        """Of that version."""
-        return self._versions[adapter_id].identity
 
     # -- warm-up ---------------------------------------------------------------------------
 
@@ -296,39 +250,59 @@ class WorkerLoRAManager:
         there = known.folder if known is not None and not request.load_inplace else None
         return there if there is not None and there.is_dir() else None
 
-    def _identity_now(self, request: LoRARequest, known: AdapterVersion | None) -> str:
-        return self._loader.identity(request, self._folder(request, known))
-
     def _read(self, request: LoRARequest) -> _Loaded | None:
         """What is to be put on the host, None when what is there will do. Changes nothing."""
         self._known(request)
         current = self.manager.get_adapter(request.lora_int_id)
-        if current is None:
-            return self._load(request)
-        if not request.load_inplace:
+        if current is not None and not request.load_inplace:
             return None
-        if self._identity_now(request, None) == current.identity:
+        if current is not None and self._loader.fingerprint(request) == current.fingerprint:
             return None
-        if self.manager.in_use(current.id):
-            raise AdapterInUseError(
-                f"adapter {request.lora_name!r} is in use by running requests; reload it when "
-                "they have finished"
-            )
         return self._load(request)
 
     def _put(self, request: LoRARequest, loaded: _Loaded | None) -> bool:
-        """Registers what `_read` gave; only now may another adapter be evicted."""
+        """Registers what `_read` gave; only now may another adapter be evicted.
+
+        A version that requests have begun with lives on under another id (`superseded`).
+        """
         if loaded is None:
             self.manager.touch(request.lora_int_id)
             return False
-        lora, version = loaded
-        if self.manager.get_adapter(lora.id) is None:
-            self.manager.add_adapter(lora)
+        (lora, version), manager = loaded, self.manager
+        current = manager.get_adapter(lora.id)
+        if current is None:
+            manager.add_adapter(lora)
+        elif current.identity == lora.identity:
+            manager.touch(lora.id)  # the files were written again, with the same in them
+        elif manager.in_use(lora.id):
+            self._supersede(lora)
         else:
-            self.manager.replace_adapter(lora)
+            manager.replace_adapter(lora)
         self._versions[lora.id] = version
         self._let_arrays_go()
         return True
+
+    def _supersede(self, lora: Adapter) -> None:
+        """Puts a new version beside one that is in use."""
+        manager = self.manager
+        pinned = manager.is_pinned(lora.id)
+        beside = {lora.id: manager.needs(manager.list_adapters()[lora.id]), 0: manager.needs(lora)}
+        if pinned and not manager.fits(beside, beside=manager.held):
+            raise AdapterInUseError(
+                f"the new version of pinned adapter {lora.id} has no slot or rank blocks beside "
+                "the one that requests still use; raise max_loras or lora_pool_blocks"
+            )
+        if not manager.has_host_room(lora.nbytes):
+            raise AdapterInUseError(
+                f"the new version of adapter {lora.id} has no room on the host beside the one that "
+                "requests still use; raise max_cpu_loras"
+            )
+        old = manager.supersede(lora.id)
+        self._versions[old] = self._versions[lora.id]
+        self.superseded.append((lora.id, old))
+        manager.add_adapter(lora)
+        if pinned:
+            manager.pin_adapter(lora.id)
 
     def _let_arrays_go(self) -> None:
         """Keeps no arrays of requests whose adapters are not on the host."""
@@ -339,7 +313,9 @@ class WorkerLoRAManager:
 
     def _load(self, request: LoRARequest) -> _Loaded:
         known = self._known(request)
-        adapter, folder = self._loader.load(request, self._folder(request, known), self._on_host)
+        adapter, folder = self._loader.load(
+            request, self._folder(request, known), self._on_host, known
+        )
         plain = adapter if isinstance(adapter, LoRAModel) else None
         return adapter, AdapterVersion(
             request.lora_name,
@@ -347,10 +323,15 @@ class WorkerLoRAManager:
             source(request),
             folder,
             adapter.identity,
+            adapter.fingerprint,
             self.manager.needs(adapter),
             plain.added_tokens if plain is not None else 0,
             plain.invocation_tokens if plain is not None else (),
         )
+
+    def version(self, adapter_id: int) -> AdapterVersion:
+        """The version on the host, or else the one that was read last."""
+        return self._versions[adapter_id]
 
     def _on_host(self, request: LoRARequest) -> Adapter | None:
         """What the request names, if it is on the host already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from jlora.config import EngineArgs, ModelConfig, RopeConfig
+from jlora.engine.arrivals import Arrivals
 from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.llm_engine import LLMEngine
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.manager import AdapterVersion
+from jlora.manager.stats import Counters
 from jlora.request import LoRARequest
 
 VOCAB, EOS = 12, 11
@@ -51,19 +54,54 @@ class FakeLoRA:
     def __init__(self, slots: int) -> None:
         self.max_slots, self.slots = slots, OrderedDict()
         self.users, self.manager = Counter(), self
+        self.bound: Counter[int] = Counter()
+        self.counters, self.staged, self.superseded = Counters(), {}, []
+        self.lora_config = SimpleNamespace(max_lora_passes=64, max_loras=slots)
+        self.busy, self.leaving = False, set()
         self.versions: Counter[int] = Counter()  # of what each adapter's folder holds
 
-    def check(self, request: LoRARequest) -> AdapterVersion:
+    def known(self, request: LoRARequest) -> AdapterVersion:
         return self.version(request.lora_int_id)
 
+    def check(self, request: LoRARequest) -> AdapterVersion:
+        return self.known(request)
+
+    def load_now(self, requests) -> None:
+        pass
+
+    def place(self, adapter: int) -> bool:
+        return True
+
+    def collect(self) -> dict:
+        return {}
+
+    def want(self, requests) -> None:
+        list(requests)
+
+    def bind(self, adapter: int) -> None:
+        self.bound[adapter] += 1
+
+    def unbind(self, adapter: int) -> None:
+        assert self.bound[adapter] > 0
+        self.bound[adapter] -= 1
+
+    def slot_of(self, adapter: int) -> int | None:
+        return self.slots.get(adapter)
+
+    def to_drain(self, needs) -> set[int]:
+        """The slots of those with the fewest users."""
+        free = self.max_slots - len(self.slots) + sum(not self.users[one] for one in self.slots)
+        busy = sorted(self.slots, key=lambda one: (self.users[one], one))
+        return set([one for one in busy if self.users[one]][: max(len(needs) - free, 0)])
+
     def version(self, adapter: int) -> AdapterVersion:
-        return AdapterVersion(str(adapter), None, str(adapter), None, self.identity(adapter), {})
+        identity = self.identity(adapter)
+        return AdapterVersion(str(adapter), None, str(adapter), None, identity, identity, {})
 
     def identity(self, adapter: int) -> str:
         return f"adapter {adapter}, version {self.versions[adapter]}"
 
-    def acquire(self, request: LoRARequest) -> int | None:
-        adapter = request.lora_int_id
+    def acquire(self, request: LoRARequest, adapter: int) -> int | None:
         if adapter not in self.slots:
             unused = next((one for one in self.slots if not self.users[one]), None)
             if len(self.slots) == self.max_slots:
@@ -163,6 +201,8 @@ def fake_engine(
 
     engine.scheduler._preempt = checked_preempt
     engine._requests, engine._in_flight = {}, None
+    engine._arrivals, engine._numbers = Arrivals(), itertools.count()
+    engine._resolved = {}
     engine._seeds = np.random.default_rng(0)
     return engine
 

@@ -9,7 +9,6 @@ import pytest
 
 from jlora import (
     AdapterError,
-    AdapterInUseError,
     EngineArgs,
     LLMEngine,
     LoRARequest,
@@ -175,7 +174,7 @@ def test_prefix_cache_off_by_option(files):
     assert [answer(llm, tokens(40)).num_cached_tokens for _ in range(2)] == [0, 0]
 
 
-def test_adapter_that_changes_while_a_request_waits(llm, files, tmp_path):
+def test_adapter_that_is_reloaded_while_a_request_waits(llm, files, tmp_path):
     """It runs with what the folder holds now, without the old version's pages."""
     shutil.copytree(files.adapters[0], tmp_path / "a")
     request = LoRARequest("a", 1, str(tmp_path / "a"))
@@ -184,9 +183,7 @@ def test_adapter_that_changes_while_a_request_waits(llm, files, tmp_path):
     kind = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
     make_adapter(files.model, tmp_path / "a", seed=9, **kind)
     reload = LoRARequest("a", 1, str(tmp_path / "a"), load_inplace=True)
-    with pytest.raises(AdapterInUseError, match="1 is wanted by 1 waiting sequences; reload it"):
-        llm.llm_engine.add_lora(reload)
-    llm.llm_engine.lora.manager.remove_adapter(1)  # as an eviction would
+    assert llm.llm_engine.add_lora(reload)
     output = run(llm.llm_engine)[-1]
     assert output.num_cached_tokens == 0
     found = Comparison()

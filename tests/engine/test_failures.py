@@ -56,7 +56,7 @@ def test_any_error_while_an_adapter_is_fetched_fails_its_request_only(llm, files
     engine.add_request("bad", tokens(20), greedy(), lora_request=adapter(files, 0))
     engine.add_request("good", tokens(20), greedy())
 
-    def acquire(request):
+    def acquire(request, adapter_id):
         raise PermissionError("not yours")
 
     monkeypatch.setattr(engine.lora, "acquire", acquire)
@@ -124,9 +124,9 @@ def test_waiting_adapters_are_asked_once_a_step(llm, files, monkeypatch):
     engine, asked = llm.llm_engine, []
     real = engine.lora.acquire
 
-    def acquire(request):
-        asked.append(request.lora_int_id)
-        return None if request.lora_int_id == 2 else real(request)
+    def acquire(request, adapter_id):
+        asked.append(adapter_id)
+        return None if adapter_id == 2 else real(request, adapter_id)
 
     monkeypatch.setattr(engine.lora, "acquire", acquire)
     engine.add_request("runs", tokens(5), greedy(max_tokens=3), lora_request=adapter(files, 0))

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora.config import LoRAConfig, ModelConfig, RopeConfig
-from jlora.manager import LoRALayerWeights, LoRAModel
+from jlora.manager import AdapterVersion, LoRALayerWeights, LoRAModel, TieredLoRAManager
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
 
@@ -119,3 +119,30 @@ def device_state(manager) -> tuple:
         {name: pool.num_free for name, pool in manager.pools.items()},
         {name: (m.blocks.tolist(), m.counts.tolist()) for name, m in manager.slot_maps.items()},
     )
+
+
+class WaitingLoRAManager(TieredLoRAManager):
+    """Waits for what the engine would come back to."""
+
+    def read(self, request: LoRARequest) -> AdapterVersion:
+        """As a request that arrives."""
+        self.known(request)
+        self.load_now([request])
+        if self.manager.get_adapter(request.lora_int_id) is None:
+            self.want([(request, request.lora_int_id)])
+        while self.busy:
+            self.wait(1)
+            self.collect()
+        return self.version(request.lora_int_id)
+
+    def start(self, request: LoRARequest) -> int | None:
+        """As a sequence that is alone in waiting: its slot, None when it must go on waiting."""
+        adapter_id = request.lora_int_id
+        self.known(request)
+        while True:
+            self.want([(request, adapter_id)])
+            slot = self.acquire(request, adapter_id)
+            if slot is not None or not self.busy:
+                return slot
+            self.wait(1)
+            self.collect()

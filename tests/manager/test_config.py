@@ -52,9 +52,9 @@ def test_lora_config_refuses(options, parts):
     violates(lambda: LoRAConfig(**options), *parts)
 
 
-def test_max_cpu_loras_is_max_loras_by_default():
-    assert LoRAConfig(max_loras=3).host_capacity == 3
-    assert LoRAConfig(max_loras=3).max_cpu_loras == 3
+def test_the_host_tier_is_larger_than_the_slots_by_default():
+    assert LoRAConfig(max_loras=3).max_cpu_loras == 11
+    assert LoRAConfig(max_loras=32).max_cpu_loras == 64
 
 
 @pytest.mark.parametrize(("rank", "blocks"), [(1, 1), (16, 1), (17, 2), (32, 2), (100, 7)])

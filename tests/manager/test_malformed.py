@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from jlora.errors import AdapterError
-from jlora.manager import LRUCacheWorkerLoRAManager
 from tests.manager.adapters import (
     ALL,
     CONFIG,
     MODULES,
     WEIGHTS,
+    WaitingLoRAManager,
     device_state,
     key,
     lora_config,
@@ -34,7 +34,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture
 def worker(tmp_path):
     """A manager with room, and one good adapter in a slot."""
-    one = LRUCacheWorkerLoRAManager(MODULES, lora_config())
+    one = WaitingLoRAManager(MODULES, lora_config())
     one.add_adapter(request(1, write_adapter(tmp_path / "good")))
     one.manager.take_writes()
     return one
@@ -45,7 +45,7 @@ def refused(worker, path, *parts: str, **options) -> str:
     before = device_state(worker.manager), worker.manager.list_adapters()
     bad = request(2, path, **options)
     messages, step = set(), lambda one: worker.set_active_adapters([one])
-    for way in (worker.add_adapter, worker.check, worker.acquire, step):
+    for way in (worker.add_adapter, worker.read, worker.start, step):
         with pytest.raises(AdapterError) as caught:
             way(bad)
         messages.add(str(caught.value))
@@ -168,7 +168,7 @@ def test_a_tensor_that_target_modules_does_not_name(worker, tmp_path):
 
 def test_a_module_that_the_engine_does_not_allow(tmp_path):
     config = lora_config(target_modules=["q_proj", "v_proj"])
-    worker = LRUCacheWorkerLoRAManager(MODULES, config)
+    worker = WaitingLoRAManager(MODULES, config)
     worker.add_adapter(request(1, write_adapter(tmp_path / "good", target_modules=["q_proj"])))
     worker.manager.take_writes()
     path = write_adapter(tmp_path / "bad", target_modules=["q_proj", "k_proj"])
@@ -177,7 +177,7 @@ def test_a_module_that_the_engine_does_not_allow(tmp_path):
 
 def test_allowed_modules_that_the_model_has_not_are_refused_at_the_start():
     with pytest.raises(ValueError, match=r"target_modules.*query.*q_proj"):
-        LRUCacheWorkerLoRAManager(MODULES, lora_config(target_modules=["query", "v_proj"]))
+        WaitingLoRAManager(MODULES, lora_config(target_modules=["query", "v_proj"]))
 
 
 # -- files -----------------------------------------------------------------------------------

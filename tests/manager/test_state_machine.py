@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jlora.errors import AdapterInUseError
-from jlora.manager import LRUCacheWorkerLoRAManager
-from tests.manager.adapters import ATTENTION, MODULES, lora_config, request, write_adapter
+from tests.manager.adapters import (
+    ATTENTION,
+    MODULES,
+    WaitingLoRAManager,
+    lora_config,
+    request,
+    write_adapter,
+)
 
 SLOTS, HOST, BLOCKS = 3, 4, 4
 # id -> (rank, parts): one block everywhere, two, three, or only for attention.
@@ -43,7 +49,7 @@ class Manager(RuleBasedStateMachine):
         config = lora_config(
             max_loras=SLOTS, max_cpu_loras=HOST, max_lora_rank=48, lora_pool_blocks=BLOCKS
         )
-        self.worker = LRUCacheWorkerLoRAManager(MODULES, config)
+        self.worker = WaitingLoRAManager(MODULES, config)
         self.manager = self.worker.manager
         self.host: list[int] = []
         self.active: list[int] = []
@@ -120,11 +126,11 @@ class Manager(RuleBasedStateMachine):
     def check(self, adapter_id: int) -> None:
         if not self.fit(self.pinned | {adapter_id}):
             with pytest.raises(AdapterInUseError):
-                self.worker.check(self.request(adapter_id))
+                self.worker.read(self.request(adapter_id))
             return
-        version = self.worker.check(self.request(adapter_id))
-        assert version.identity == self.worker.identity(adapter_id)
-        if adapter_id in self.host or self.host_has_room():
+        version = self.worker.read(self.request(adapter_id))
+        assert version.identity == self.worker.version(adapter_id).identity
+        if adapter_id not in self.host and self.host_has_room():
             self.put_on_host(adapter_id)
 
     @precondition(lambda self: self.host)
@@ -154,7 +160,7 @@ class Manager(RuleBasedStateMachine):
     @rule(adapter_id=IDS)
     def acquire(self, adapter_id: int) -> None:
         try:
-            slot = self.worker.acquire(self.request(adapter_id))
+            slot = self.worker.start(self.request(adapter_id))
         except AdapterInUseError:  # for good: adapters are pinned in its place
             assert adapter_id not in self.active
             assert not self.fit(self.pinned | {adapter_id})
@@ -162,8 +168,7 @@ class Manager(RuleBasedStateMachine):
         room = adapter_id in self.active or self.fit(self.held() | {adapter_id})
         if slot is None:
             assert not room
-            # Before an adapter was read once, its size is not known: then it is read for that.
-            if adapter_id not in self.host and adapter_id in self.manager.list_adapters():
+            if adapter_id in self.manager.list_adapters():  # read while it waits, and kept
                 self.put_on_host(adapter_id)
             return
         assert room

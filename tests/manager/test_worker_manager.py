@@ -12,6 +12,7 @@ from jlora.manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from jlora.manager import worker_manager as module
 from tests.manager.adapters import (
     MODULES,
+    WaitingLoRAManager,
     device_state,
     lora_config,
     make_tensors,
@@ -46,7 +47,7 @@ def loads(monkeypatch):
     return names
 
 
-def worker(kind=LRUCacheWorkerLoRAManager, **options):
+def worker(kind=WaitingLoRAManager, **options):
     return kind(MODULES, lora_config(**options))
 
 
@@ -88,7 +89,7 @@ def test_the_plain_manager_keeps_what_is_held(folders):
     one = worker(WorkerLoRAManager, max_loras=3)
     steps(one, folders, 1, 2, 3)
     one.pin_adapter(1)
-    one.acquire(request(2, folders / "small"))
+    one.manager.acquire(2)
     assert steps(one, folders, 4) == ({1, 2, 4}, [1, 2, 4])
 
 
@@ -165,14 +166,14 @@ def test_an_adapter_on_the_host_outlives_its_folder(tmp_path):
     one.add_adapter(request(1, tmp_path / "current"))
     shutil.rmtree(tmp_path / "v1")
     assert not one.add_adapter(request(1, tmp_path / "current"))
-    assert one.acquire(request(1, tmp_path / "current")) == 0
+    assert one.start(request(1, tmp_path / "current")) == 0
 
 
 def test_a_load_that_fails_evicts_nothing(folders):
     one = worker(max_loras=1, max_cpu_loras=1)
     one.add_adapter(request(1, folders / "small"))
     before = everything(one)
-    for way in (one.add_adapter, one.check, one.acquire):
+    for way in (one.add_adapter, one.read, one.start):
         with pytest.raises(AdapterError, match="'a2'"):
             way(request(2, folders / "bad"))
     assert everything(one) == before
@@ -182,7 +183,7 @@ def test_all_slots_pinned_is_said_before_anything_is_read(folders, loads):
     one = worker(max_loras=1)
     one.add_adapter(request(1, folders / "small"))
     one.pin_adapter(1)
-    for way in (one.add_adapter, one.check, one.acquire):
+    for way in (one.add_adapter, one.read, one.start):
         with pytest.raises(AdapterInUseError, match="'a2': all 1 slots hold pinned adapters"):
             way(request(2, folders / "small"))
     assert loads == ["small"]
@@ -195,7 +196,7 @@ def test_pinned_adapters_that_leave_too_few_blocks(folders):
     one.add_adapter(request(1, folders / "small"))
     one.pin_adapter(1)
     before = everything(one)
-    for way in (one.add_adapter, one.check):
+    for way in (one.add_adapter, one.read):
         with pytest.raises(AdapterInUseError, match=r"'a2': pinned.*lora_pool_blocks \(now 2\)"):
             way(request(2, folders / "big"))
     assert everything(one) == before
@@ -203,7 +204,7 @@ def test_pinned_adapters_that_leave_too_few_blocks(folders):
 
 def test_adding_while_all_slots_are_in_use_keeps_it_on_the_host(folders):
     one = worker(max_loras=1)
-    one.acquire(request(1, folders / "small"))
+    one.start(request(1, folders / "small"))
     assert one.add_adapter(request(2, folders / "small"))
     assert one.list_adapters() == {1, 2}
     assert one.manager.lora_index_to_id == [1]
@@ -219,7 +220,7 @@ def test_removing_forgets_the_path(folders):
 
 def test_removing_what_is_in_use_is_refused_and_forgets_nothing(folders):
     one = worker()
-    one.acquire(request(1, folders / "small"))
+    one.start(request(1, folders / "small"))
     with pytest.raises(AdapterInUseError, match="in use by 1 running requests"):
         one.remove_adapter(1)
     with pytest.raises(AdapterError, match="id 1 stands for"):
@@ -231,50 +232,54 @@ def test_removing_what_is_in_use_is_refused_and_forgets_nothing(folders):
 
 def test_acquiring_waits_for_a_slot_and_for_blocks(folders):
     one = worker(max_loras=2, lora_pool_blocks=3)
-    assert one.acquire(request(1, folders / "big")) == 0
-    assert one.acquire(request(2, folders / "big")) is None
-    assert one.acquire(request(3, folders / "small")) == 1
-    assert one.acquire(request(3, folders / "small")) == 1
-    assert one.acquire(request(4, folders / "small")) is None
+    assert one.start(request(1, folders / "big")) == 0
+    assert one.start(request(2, folders / "big")) is None
+    assert one.start(request(3, folders / "small")) == 1
+    assert one.start(request(3, folders / "small")) == 1
+    assert one.start(request(4, folders / "small")) is None
     one.manager.release(1)
-    assert one.acquire(request(2, folders / "big")) == 0
+    assert one.start(request(2, folders / "big")) == 0
 
 
 def test_those_that_wait_for_blocks_are_not_read_again_and_again(folders, loads):
     """One place on the host is left for two that wait: they would evict each other each step."""
     one = worker(max_loras=3, max_cpu_loras=3, lora_pool_blocks=3)
-    for adapter_id in (2, 3):
-        one.check(request(adapter_id, folders / "big"))
-    one.acquire(request(1, folders / "small"))
-    one.acquire(request(4, folders / "small"))
+    waiting = [request(adapter_id, folders / "big") for adapter_id in (2, 3)]
+    for each in waiting:
+        one.read(each)
+    one.start(request(1, folders / "small"))
+    one.start(request(4, folders / "small"))
     loads.clear()
     for _ in range(3):
-        assert one.acquire(request(2, folders / "big")) is None
-        assert one.acquire(request(3, folders / "big")) is None
-    assert loads == []
+        one.want((each, each.lora_int_id) for each in waiting)
+        while one.busy:
+            one.wait(1)
+            one.collect()
+        assert [one.acquire(each, each.lora_int_id) for each in waiting] == [None, None]
+    assert loads == ["big"]  # that of the first
     one.manager.release(1)
-    assert one.acquire(request(2, folders / "big")) is not None
+    assert one.start(waiting[0]) is not None
 
 
 def test_checking_reads_once_even_without_room_on_the_host(folders, loads):
     one = worker(max_loras=1, max_cpu_loras=1)
-    one.acquire(request(1, folders / "small"))
-    first = one.check(request(2, folders / "big"))
-    assert one.check(request(2, folders / "big")) == first == one.version(2)
+    one.start(request(1, folders / "small"))
+    first = one.read(request(2, folders / "big"))
+    assert one.read(request(2, folders / "big")) == first == one.version(2)
     assert loads == ["small", "big"]
     assert one.list_adapters() == {1}
     with pytest.raises(AdapterError, match="'a3'"):
-        one.check(request(3, folders / "bad"))
+        one.read(request(3, folders / "bad"))
 
 
 def test_checking_tells_the_version(tmp_path):
     one = worker()
     folder = write_adapter(tmp_path / "a")
-    first = one.check(request(1, folder))
-    assert one.check(request(1, folder)) == first == one.version(1)
+    first = one.read(request(1, folder))
+    assert one.read(request(1, folder)) == first == one.version(1)
     write_adapter(folder, make_tensors(rank=5), r=5)
-    assert one.check(request(1, folder)) == first  # what is on the host is served
-    assert one.check(request(1, folder, load_inplace=True)) != first
+    assert one.read(request(1, folder)) == first  # what is on the host is served
+    assert one.read(request(1, folder, load_inplace=True)) != first
 
 
 # -- other versions of the files -------------------------------------------------------------
@@ -306,14 +311,31 @@ def test_load_inplace_from_another_path(folders, loads):
         one.add_adapter(request(1, folders / "small"))
 
 
-def test_load_inplace_while_in_use_is_refused(folders):
+def test_load_inplace_while_in_use_puts_the_new_version_beside_the_old(folders):
     one = worker()
-    one.acquire(request(1, folders / "small"))
+    one.start(request(1, folders / "small"))
+    one.manager.bind(1)
+    old = one.manager.get_adapter(1)
+    assert not one.add_adapter(request(1, folders / "small", load_inplace=True))
+    assert one.add_adapter(request(1, folders / "big", load_inplace=True))
+    assert one.superseded == [(1, -1)]
+    assert one.manager.get_adapter(-1) is old
+    assert one.manager.lora_index_to_id == [-1, 1]
+    assert one.manager.get_adapter(1).rank == 32
+    assert one.version(-1).identity == old.identity != one.version(1).identity
+    one.manager.release(-1)
+    one.manager.unbind(-1)  # the last request with it has ended
+    assert one.manager.get_adapter(-1) is None
+    assert one.manager.lora_index_to_id == [None, 1]
+
+
+def test_a_pinned_adapter_in_use_is_replaced_only_where_both_fit(folders):
+    one = worker(lora_pool_blocks=2)
+    one.start(request(1, folders / "small"))
+    one.pin_adapter(1)
     before = everything(one)
-    for way in (one.add_adapter, one.check, lambda r: one.set_active_adapters([r])):
-        assert not way(request(1, folders / "small", load_inplace=True)) or way == one.check
-        with pytest.raises(AdapterInUseError, match="'a1' is in use by running requests"):
-            way(request(1, folders / "big", load_inplace=True))
+    with pytest.raises(AdapterInUseError, match="new version of pinned adapter 1"):
+        one.add_adapter(request(1, folders / "big", load_inplace=True))
     assert everything(one) == before
 
 

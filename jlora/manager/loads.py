@@ -1,0 +1,108 @@
+"""Work in the background: reading adapters and copying them, never by the thread that steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class _Job:
+    function: Callable[[], Any]
+    future: Future = field(default_factory=Future)
+    started: float | None = None
+    seconds: float = 0.0
+
+
+class BackgroundLoads:
+    """Runs functions in threads, at most `limit` at once and one for each key.
+
+    Results are handed to the thread that asks for them, so that nothing else needs a lock. A
+    function that takes longer than `timeout` seconds is given up: its thread, which cannot be
+    ended, no longer counts and what it still returns is dropped.
+    """
+
+    def __init__(self, limit: int, timeout: float) -> None:
+        """Starts no thread before there is work."""
+        self.limit, self.timeout = limit, timeout
+        self._jobs: dict[Hashable, _Job] = {}
+        self._queue: deque[_Job] = deque()
+        self._workers = 0
+        self._changed = threading.Condition()
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether a job is under way, or finished and not collected."""
+        return key in self._jobs
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def future(self, key: Hashable) -> Future | None:
+        """Of a job that is under way, or has ended and is not collected."""
+        job = self._jobs.get(key)
+        return None if job is None else job.future
+
+    def start(self, key: Hashable, function: Callable[[], Any]) -> Future:
+        """Runs the function, unless a job of that key is there already; the future of either."""
+        with self._changed:
+            job = self._jobs.get(key)
+            if job is None:
+                job = self._jobs[key] = _Job(function)
+                self._queue.append(job)
+                self._hire()
+            return job.future
+
+    def _hire(self) -> None:
+        if self._queue and self._workers < self.limit:
+            self._workers += 1
+            threading.Thread(target=self._work, name="jlora-load", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._queue:
+                    self._workers -= 1
+                    return
+                job = self._queue.popleft()
+                job.started = time.monotonic()
+            result, error = None, None
+            try:
+                result = job.function()
+            except BaseException as caught:  # whoever collects it decides
+                error = caught
+            with self._changed:
+                if job.future.done():
+                    return  # given up, and somebody else works in its place
+                job.seconds = time.monotonic() - job.started
+                if error is not None:
+                    job.future.set_exception(error)
+                else:
+                    job.future.set_result(result)
+                self._changed.notify_all()
+
+    def collect(self) -> list[tuple[Hashable, Future, float]]:
+        """(key, finished future, seconds that it took) of what has ended since the last time."""
+        now = time.monotonic()
+        with self._changed:
+            for job in self._jobs.values():
+                late = job.started is not None and now - job.started > self.timeout
+                if late and not job.future.done():
+                    job.seconds = self.timeout
+                    job.future.set_exception(TimeoutError(f"took longer than {self.timeout:g} s"))
+                    self._workers -= 1
+                    self._hire()
+            ended = [(key, job) for key, job in self._jobs.items() if job.future.done()]
+            for key, _ in ended:
+                del self._jobs[key]
+        return [(key, job.future, job.seconds) for key, job in ended]
+
+    def wait(self, seconds: float) -> None:
+        """Until something has ended, for at most so long."""
+        with self._changed:
+            if self._jobs and not any(job.future.done() for job in self._jobs.values()):
+                self._changed.wait(seconds)

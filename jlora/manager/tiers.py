@@ -1,0 +1,468 @@
+"""Adapters between disk, host and device, for an engine that never waits for them.
+
+Threads read and copy (`loads.py`); everything else is done by the one thread that drives the
+engine, between steps.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from jlora.errors import AdapterError, AdapterInUseError
+from jlora.manager.loader import source
+from jlora.manager.loads import BackgroundLoads
+from jlora.manager.lora_model import LoRAModel
+from jlora.manager.mixture import Adapter
+from jlora.manager.stats import Counters, LoRAStats
+from jlora.manager.worker_manager import AdapterVersion, LRUCacheWorkerLoRAManager
+from jlora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
+_WAIT = 0.05  # seconds between looks at the clock while somebody waits
+
+
+class AdapterState(enum.Enum):
+    """Where an adapter is."""
+
+    ON_DISK = "on disk"
+    LOADING = "loading"
+    ON_HOST = "on host"
+    ON_DEVICE = "on device"
+    IN_USE = "in use"
+    PINNED = "pinned"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """What an operator wants to know of one adapter.
+
+    requests: sequences that run with it. reason, retry_in: of a failed one, why, and in how many
+    seconds it is tried again (0: at the next request).
+    """
+
+    name: str
+    state: AdapterState
+    identity: str = ""
+    slot: int | None = None
+    rank: int = 0
+    host_bytes: int = 0
+    requests: int = 0
+    reason: str | None = None
+    retry_in: float | None = None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    name: str
+    error: Exception
+    retry_at: float
+
+
+class TieredLoRAManager(LRUCacheWorkerLoRAManager):
+    """The worker manager of an engine: fetches in the background what requests will need."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        stage: Callable[[LoRAModel], Any] | None = None,
+        prepare: Callable[[AdapterVersion], Any] = lambda _: None,
+        **options: Any,
+    ) -> None:
+        """As WorkerLoRAManager.
+
+        stage: makes, in the background, what the device needs to write an adapter's blocks; it is
+        handed to whoever writes them (`staged`). None: adapters need no such thing. prepare: does,
+        in the background, what requests for a version will need besides (its tokeniser).
+        """
+        super().__init__(*arguments, **options)
+        config = self.lora_config
+        self._stage, self._prepare = stage, prepare
+        self._loads = BackgroundLoads(config.max_lora_loads, config.lora_load_timeout)
+        self._copies = BackgroundLoads(config.max_staged_loras, config.lora_load_timeout)
+        self._loading: dict[Hashable, LoRARequest] = {}
+        self._ended: dict[Hashable, Exception | None] = {}
+        self._failures: dict[int, _Failure] = {}
+        self._failed_copies: dict[str, Exception] = {}
+        self._leaving: set[int] = set()
+        self.staged: dict[str, Any] = {}
+        self.counters = Counters()
+
+    # -- loading ---------------------------------------------------------------------------
+
+    def known(self, request: LoRARequest) -> AdapterVersion | None:
+        """The version that would act, None when the files must be looked at first.
+
+        Raises as `check`, and AdapterError for an adapter that could not be loaded shortly before.
+        """
+        known = self.check(request)
+        failure = self._failures.get(request.lora_int_id)
+        if failure is not None:
+            if time.monotonic() < failure.retry_at:
+                raise failure.error
+            del self._failures[request.lora_int_id]
+        return None if request.load_inplace else known
+
+    def check(self, request: LoRARequest) -> AdapterVersion | None:
+        """What is known of a request's adapter without looking at a disk.
+
+        Raises AdapterError for an id that stands for something else, AdapterInUseError when pinned
+        adapters leave no room.
+        """
+        adapter_id = request.lora_int_id
+        known = self._known(request)
+        loading = self._loading.get(_key(request))
+        if loading is not None and source(loading) != source(request):
+            raise AdapterError(
+                f"adapter {request.lora_name!r}: id {adapter_id} stands for {source(loading)}, "
+                f"which is being loaded, not {source(request)}; use another id"
+            )
+        self._require_room(request, None if known is None else known.needs)
+        return known
+
+    def _known(self, request: LoRARequest) -> AdapterVersion | None:
+        if request.lora_int_id in self._leaving:
+            raise AdapterInUseError(
+                f"adapter {request.lora_name!r} is being removed, and requests still use it; wait, "
+                "or use another id"
+            )
+        return super()._known(request)
+
+    def fetch(self, request: LoRARequest) -> Hashable:
+        """Reads an adapter in the background, unless that is under way; returns the load's name.
+
+        With load_inplace it is read only if its files have changed.
+        """
+        key = _key(request)
+        if key not in self._loads:
+            self._failures.pop(request.lora_int_id, None)
+            self._loading[key] = request
+            self._loads.start(key, lambda: self._fetched(request))
+        return key
+
+    def _fetched(self, request: LoRARequest) -> Any:
+        """In a thread: changes nothing."""
+        loaded = self._read(request)
+        if loaded is not None:
+            self._prepare(loaded[1])
+        return loaded
+
+    def collect(self) -> dict[Hashable, Exception | None]:
+        """Takes over what threads have done: loads that have ended, and what was wrong with them.
+
+        Each is said once.
+        """
+        for key, future, seconds in self._loads.collect():
+            request = self._loading.pop(key, None)
+            if request is not None:  # else it was removed meanwhile
+                self._ended[key] = self._take(request, future, seconds)
+        for key, future, seconds in self._copies.collect():
+            error = future.exception()
+            if error is None:
+                self.staged[str(key)] = future.result()
+                self.counters.copied(seconds)
+            else:
+                logger.error("could not copy adapter %s to the device: %s", key, error)
+                self._failed_copies[str(key)] = _as_exception(error)
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def _take(self, request: LoRARequest, future: Future, seconds: float) -> Exception | None:
+        adapter_id, name = request.lora_int_id, request.lora_name
+        try:
+            loaded = future.result()
+            if loaded is not None:
+                lora, version = loaded
+                self.counters.loaded(seconds)
+                self._require_room(request, version.needs)
+                there = self.manager.get_adapter(adapter_id) is not None
+                if there or self.manager.has_host_room(lora.nbytes):
+                    self._put(request, loaded)
+                else:  # it is read again when its turn comes
+                    self._versions[adapter_id] = version
+                    self._let_arrays_go()
+        except TimeoutError as error:
+            return self._fail(
+                adapter_id,
+                name,
+                AdapterError(
+                    f"adapter {name!r}: loading {error}; raise lora_load_timeout, or see to the "
+                    "disk or network that it comes from"
+                ),
+            )
+        except BaseException as error:  # of any kind: only its requests are hurt
+            return self._fail(adapter_id, name, _as_exception(error))
+        return None
+
+    def _fail(self, adapter_id: int, name: str, error: Exception) -> Exception:
+        self.counters.failures += 1
+        retry_at = time.monotonic()
+        if not isinstance(error, AdapterInUseError):  # which may be over at any time
+            retry_at += self.lora_config.lora_retry_seconds
+        self._failures[adapter_id] = _Failure(name, error, retry_at)
+        return error
+
+    def future(self, key: Hashable) -> Future | None:
+        """What ends with a load that is under way."""
+        return self._loads.future(key)
+
+    def must_read(self, request: LoRARequest) -> bool:
+        """Whether an adapter's files must be read before requests for it can be taken.
+
+        Looks at the files' times and sizes, so it may wait for a disk.
+        """
+        if request.load_inplace:
+            return True
+        version = self._versions.get(request.lora_int_id)
+        if self.manager.get_adapter(request.lora_int_id) is not None:
+            return False
+        if version is None or version.folder is None:
+            return True
+        return self._loader.fingerprint(request, self._folder(request, version)) != (
+            version.fingerprint
+        )
+
+    def load_now(self, requests: Iterable[LoRARequest]) -> None:
+        """Reads adapters, several at a time, and waits for them; raises what the first raises.
+
+        For those who have nothing else to do. What has been read before and has not changed stays.
+        """
+        self._fetch_and_wait(one for one in requests if self.must_read(one))
+
+    def _fetch_and_wait(self, requests: Iterable[LoRARequest]) -> None:
+        keys = dict.fromkeys(map(self.fetch, requests))
+        seen: dict[Hashable, Exception | None] = {}
+        while any(key not in seen for key in keys):
+            self._loads.wait(_WAIT)
+            seen |= self.collect()
+        self._ended |= seen  # whoever asked for them must hear of it, too
+        for key in keys:
+            if (error := seen[key]) is not None:
+                raise error
+
+    def wait(self, seconds: float) -> None:
+        """Until a load or a copy has ended, for at most so long."""
+        (self._loads if len(self._loads) else self._copies).wait(seconds)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on its way."""
+        return len(self._loads) + len(self._copies) > 0
+
+    # -- what waiting and running requests need ----------------------------------------------
+
+    def want(self, requests: Iterable[tuple[LoRARequest, int]]) -> None:
+        """Prepares the adapters of waiting requests, in the order in which they come.
+
+        requests: with the id of the version that they are bound to, or else their own. As many as
+        the host can keep are read, and the next few are copied to the device. Those that come first
+        are the last to be evicted.
+        """
+        manager = self.manager
+        room = manager.capacity - len(manager.held)
+        wanted: dict[int, LoRARequest] = {}
+        for request, adapter_id in requests:
+            if adapter_id not in wanted and adapter_id not in manager.held:
+                if len(wanted) == room:
+                    break
+                wanted[adapter_id] = request
+        for adapter_id in reversed(wanted):
+            manager.touch(adapter_id)
+        self._drop_staged(wanted)
+        for adapter_id, request in wanted.items():
+            adapter = manager.get_adapter(adapter_id)
+            if adapter is None:
+                failed = adapter_id in self._failures
+                if not failed and adapter_id > 0 and adapter_id not in self._leaving:
+                    self.fetch(request)
+            elif manager.slot_of(adapter_id) is None:
+                self._stage_missing(adapter)
+
+    def _drop_staged(self, wanted: Iterable[int]) -> None:
+        if self.staged:
+            keep = self.manager.unwritten
+            for adapter_id in wanted:
+                adapter = self.manager.get_adapter(adapter_id)
+                keep |= {lora.key for lora, _ in adapter.components} if adapter else set()
+            self.staged = {key: one for key, one in self.staged.items() if key in keep}
+
+    def _stage_missing(self, adapter: Adapter, at_once: bool = False) -> bool:
+        """Whether an adapter can be written to the device; if not, copies it.
+
+        at_once: even if as many are on their way as may be.
+        """
+        if self._stage is None:
+            return True
+        stage = self._stage
+        missing = [
+            lora
+            for lora, _ in adapter.components
+            if lora.key not in self.staged and not self.manager.is_resident(lora.key)
+        ]
+        for lora in missing:
+            if lora.key in self._failed_copies:
+                raise self._failed_copies.pop(lora.key)
+        ahead = len(self.staged) + len(self._copies)
+        new = [lora for lora in missing if lora.key not in self._copies]
+        room = ahead == 0 or ahead + len(new) <= self.lora_config.max_staged_loras
+        if at_once or room:
+            for lora in new:
+                self._copies.start(lora.key, lambda lora=lora: stage(lora))  # type: ignore[misc]
+        return not missing
+
+    def acquire(self, request: LoRARequest, adapter_id: int) -> int | None:
+        """A slot for a sequence that starts to run, or None when it must wait.
+
+        adapter_id: of the version that it is bound to, or else its own. Raises AdapterError when
+        the adapter could not be read again or copied, AdapterInUseError when adapters pinned since
+        leave it no place.
+        """
+        manager = self.manager
+        if manager.slot_of(adapter_id) is None:
+            if adapter_id > 0:
+                known = super()._known(request)
+                self._require_room(request, known.needs if known is not None else None)
+            adapter = manager.get_adapter(adapter_id)
+            if adapter is None:
+                if adapter_id in self._failures:
+                    raise self._failures[adapter_id].error
+                return None
+            if not manager.can_activate(adapter_id) or not self._stage_missing(adapter):
+                return None
+            self.counters.activations += 1
+        else:
+            self.counters.hits += 1
+        return manager.acquire(adapter_id)
+
+    def place(self, adapter_id: int) -> bool:
+        """Gives an adapter that is on the host a slot, if one can be had.
+
+        False when its copy is on its way to the device, and the call is to be made again.
+        """
+        manager = self.manager
+        self._ended |= self.collect()
+        adapter = manager.get_adapter(adapter_id)
+        if adapter is None or not manager.can_activate(adapter_id):
+            return True
+        if manager.slot_of(adapter_id) is None and not self._stage_missing(adapter, at_once=True):
+            return False
+        manager.activate_adapter(adapter_id)
+        return True
+
+    # -- unloading ---------------------------------------------------------------------------
+
+    def add_adapter(self, request: LoRARequest, place: bool = True) -> bool:
+        """As WorkerLoRAManager's; waits for the disk. place: also gives it a slot (see `place`)."""
+        self.check(request)
+        manager, adapter_id = self.manager, request.lora_int_id
+        before = manager.get_adapter(adapter_id)
+        if before is None and not manager.has_host_room():
+            raise AdapterInUseError(
+                f"all {manager.capacity} adapters on the host are pinned or in use; raise "
+                "max_cpu_loras or remove one"
+            )
+        manager.touch(adapter_id)
+        if before is None or request.load_inplace:
+            self._fetch_and_wait([request])
+        if place:
+            self.place(adapter_id)
+        return manager.get_adapter(adapter_id) is not before
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forgets an adapter, what its id stood for and a load that is under way."""
+        removed = super().remove_adapter(adapter_id)
+        self._leaving.discard(adapter_id)
+        for key in [key for key in self._loading if key[0] == adapter_id]:  # type: ignore[index]
+            del self._loading[key]
+            removed = True
+        self._failures.pop(adapter_id, None)
+        return removed
+
+    def list_adapters(self) -> set[int]:
+        """Ids of the adapters on the host, but for versions that have been superseded."""
+        return {adapter_id for adapter_id in super().list_adapters() if adapter_id > 0}
+
+    def known_identity(self, adapter_id: int) -> str | None:
+        """Of the version that was read last."""
+        version = self._versions.get(adapter_id)
+        return None if version is None else version.identity
+
+    def let_go(self, adapter_id: int) -> None:
+        """Refuses new requests for an adapter that is to be removed when the last has ended."""
+        self._leaving.add(adapter_id)
+
+    @property
+    def leaving(self) -> set[int]:
+        """The adapters that are to be removed when their last request has ended."""
+        return set(self._leaving)
+
+    # -- what there is -----------------------------------------------------------------------
+
+    def statuses(self) -> dict[int, AdapterStatus]:
+        """Every adapter that the engine has heard of, by id; superseded ones by theirs, below 0."""
+        ids = {*self._versions, *self._failures, *(key[0] for key in self._loading)}  # type: ignore[index]
+        return {adapter_id: self._status(adapter_id) for adapter_id in sorted(ids)}
+
+    def _status(self, adapter_id: int) -> AdapterStatus:
+        manager, version = self.manager, self._versions.get(adapter_id)
+        adapter, slot = manager.get_adapter(adapter_id), manager.slot_of(adapter_id)
+        failure = self._failures.get(adapter_id)
+        loading = next((one for key, one in self._loading.items() if key[0] == adapter_id), None)  # type: ignore[index]
+        name = version.name if version else failure.name if failure else ""
+        reason, retry_in = None, None
+        if manager.is_pinned(adapter_id):
+            state = AdapterState.PINNED
+        elif manager.users(adapter_id):
+            state = AdapterState.IN_USE
+        elif slot is not None:
+            state = AdapterState.ON_DEVICE
+        elif adapter is not None:
+            state = AdapterState.ON_HOST
+        elif loading is not None:
+            state, name = AdapterState.LOADING, name or loading.lora_name
+        elif failure is not None:
+            state, reason = AdapterState.FAILED, str(failure.error)
+            retry_in = max(failure.retry_at - time.monotonic(), 0.0)
+        else:
+            state = AdapterState.ON_DISK
+        return AdapterStatus(
+            name,
+            state,
+            version.identity if version else "",
+            slot,
+            adapter.rank if adapter is not None else 0,
+            adapter.nbytes if adapter is not None else 0,
+            manager.users(adapter_id),
+            reason,
+            retry_in,
+        )
+
+    def stats(self) -> LoRAStats:
+        """Counts since the start, and what is where now."""
+        manager = self.manager
+        return self.counters.snapshot(
+            loading=len(self._loads),
+            staged=len(self.staged) + len(self._copies),
+            on_host=len(manager.list_adapters()),
+            on_device=manager.lora_slots - len(manager.free_slots),
+            host_bytes=manager.host_bytes,
+            slot_evictions=manager.slot_evictions,
+            host_evictions=manager.host_evictions,
+            free_slots=len(manager.free_slots),
+            free_blocks={name: pool.num_free for name, pool in manager.pools.items()},
+        )
+
+
+def _key(request: LoRARequest) -> tuple[int, bool]:
+    """Names a load: one for each adapter, and one more to look whether it has changed."""
+    return request.lora_int_id, request.load_inplace
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
