@@ -189,7 +189,7 @@ class AdapterMethods:
         """The version that would act now; reads it, and waits for that, if it is not there."""
         lora = self._lora_of(lora_request)
         lora.check(lora_request)
-        lora.load_now([lora_request])
+        lora.load_now([lora_request], onto_host=True)
         return lora.version(lora_request.lora_int_id)
 
     def start_loading(self, lora_request: LoRARequest) -> Future | None:

@@ -7,6 +7,7 @@ engine, between steps.
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
@@ -92,6 +93,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._failed_copies: dict[str, Exception] = {}
         self._leaving: set[int] = set()
         self.staged: dict[str, Any] = {}
+        self._staged_for: dict[str, int] = {}  # the adapters that asked for them
         self.counters = Counters()
 
     # -- loading ---------------------------------------------------------------------------
@@ -228,12 +230,23 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             version.fingerprint
         )
 
-    def load_now(self, requests: Iterable[LoRARequest]) -> None:
+    def load_now(self, requests: Iterable[LoRARequest], onto_host: bool = False) -> None:
         """Reads adapters, several at a time, and waits for them; raises what the first raises.
 
-        For those who have nothing else to do. What has been read before and has not changed stays.
+        For those who have nothing else to do. What has been read before and has not changed stays
+        where it is, or is brought onto the host if it has room.
         """
-        self._fetch_and_wait(one for one in requests if self.must_read(one))
+        manager = self.manager
+        self._fetch_and_wait(
+            one
+            for one in requests
+            if self.must_read(one)
+            or (
+                onto_host
+                and manager.get_adapter(one.lora_int_id) is None
+                and manager.has_host_room()
+            )
+        )
 
     def _fetch_and_wait(self, requests: Iterable[LoRARequest]) -> None:
         keys = dict.fromkeys(map(self.fetch, requests))
@@ -274,7 +287,11 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 wanted[adapter_id] = request
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
-        self._drop_staged(wanted)
+        if self.staged:
+            keep = manager.unwritten
+            for key, adapter_id in list(self._staged_for.items()):
+                if key in self.staged and key not in keep and adapter_id not in wanted:
+                    del self.staged[key], self._staged_for[key]
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
@@ -282,38 +299,35 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 if not failed and adapter_id > 0 and adapter_id not in self._leaving:
                     self.fetch(request)
             elif manager.slot_of(adapter_id) is None:
-                self._stage_missing(adapter)
+                self._copy(adapter_id, adapter)
 
-    def _drop_staged(self, wanted: Iterable[int]) -> None:
-        if self.staged:
-            keep = self.manager.unwritten
-            for adapter_id in wanted:
-                adapter = self.manager.get_adapter(adapter_id)
-                keep |= {lora.key for lora, _ in adapter.components} if adapter else set()
-            self.staged = {key: one for key, one in self.staged.items() if key in keep}
-
-    def _stage_missing(self, adapter: Adapter, at_once: bool = False) -> bool:
-        """Whether an adapter can be written to the device; if not, copies it.
-
-        at_once: even if as many are on their way as may be.
-        """
+    def _missing(self, adapter: Adapter) -> list[LoRAModel]:
+        """What must be copied before an adapter can be written to the device."""
         if self._stage is None:
-            return True
-        stage = self._stage
-        missing = [
+            return []
+        return [
             lora
             for lora, _ in adapter.components
             if lora.key not in self.staged and not self.manager.is_resident(lora.key)
         ]
+
+    def _copy(self, adapter_id: int, adapter: Adapter, at_once: bool = False) -> None:
+        """Starts to copy an adapter. at_once: even if as many are on their way as may be."""
+        ahead = len(self.staged) + len(self._copies)
+        new = [lora for lora in self._missing(adapter) if lora.key not in self._copies]
+        room = ahead == 0 or ahead + len(new) <= self.lora_config.max_staged_loras
+        stage = self._stage
+        for lora in new if at_once or room else ():
+            if stage is not None and lora.key not in self._failed_copies:  # to be said first
+                self._staged_for[lora.key] = adapter_id
+                self._copies.start(lora.key, functools.partial(stage, lora))
+
+    def _is_copied(self, adapter: Adapter) -> bool:
+        """Whether an adapter can be written to the device. Raises what was wrong with its copy."""
+        missing = self._missing(adapter)
         for lora in missing:
             if lora.key in self._failed_copies:
                 raise self._failed_copies.pop(lora.key)
-        ahead = len(self.staged) + len(self._copies)
-        new = [lora for lora in missing if lora.key not in self._copies]
-        room = ahead == 0 or ahead + len(new) <= self.lora_config.max_staged_loras
-        if at_once or room:
-            for lora in new:
-                self._copies.start(lora.key, lambda lora=lora: stage(lora))  # type: ignore[misc]
         return not missing
 
     def acquire(self, request: LoRARequest, adapter_id: int) -> int | None:
@@ -325,15 +339,17 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """
         manager = self.manager
         if manager.slot_of(adapter_id) is None:
-            if adapter_id > 0:
-                known = super()._known(request)
-                self._require_room(request, known.needs if known is not None else None)
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
                 if adapter_id in self._failures:
                     raise self._failures[adapter_id].error
                 return None
-            if not manager.can_activate(adapter_id) or not self._stage_missing(adapter):
+            if not self._is_copied(adapter):  # looked at first: it is quick, and most are not
+                return None
+            if adapter_id > 0:
+                known = super()._known(request)
+                self._require_room(request, known.needs if known is not None else None)
+            if not manager.can_activate(adapter_id):
                 return None
             self.counters.activations += 1
         else:
@@ -350,7 +366,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         adapter = manager.get_adapter(adapter_id)
         if adapter is None or not manager.can_activate(adapter_id):
             return True
-        if manager.slot_of(adapter_id) is None and not self._stage_missing(adapter, at_once=True):
+        if manager.slot_of(adapter_id) is None and not self._is_copied(adapter):
+            self._copy(adapter_id, adapter, at_once=True)
             return False
         manager.activate_adapter(adapter_id)
         return True

@@ -48,5 +48,5 @@ def llm(shared_llm) -> Iterator[LLM]:
     engine.reset_prefix_cache()
     yield shared_llm
     assert_clean(engine)
-    for adapter in engine.list_loras():
+    for adapter in engine.lora_statuses():  # those that are only known, too
         engine.remove_lora(adapter)

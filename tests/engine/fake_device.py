@@ -66,7 +66,7 @@ class FakeLoRA:
     def check(self, request: LoRARequest) -> AdapterVersion:
         return self.known(request)
 
-    def load_now(self, requests) -> None:
+    def load_now(self, requests, onto_host=False) -> None:
         pass
 
     def place(self, adapter: int) -> bool:
