@@ -206,7 +206,7 @@ class LoRAModelManager:
         for victim in victims:
             self.remove_adapter(victim)
             self.host_evictions += 1
-            logger.info("evicted adapter %d from the host", victim)
+            logger.debug("evicted adapter %d from the host", victim)
         self._adapters[lora.id] = lora
         return True
 
@@ -402,7 +402,7 @@ class LoRAModelManager:
         for victim in victims:
             self.deactivate_adapter(victim)
             self.slot_evictions += 1
-            logger.info("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
+            logger.debug("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
         slot = min(self._free_slots)  # as vLLM
         self._free_slots.remove(slot)
         for lora, _ in adapter.components:
@@ -411,7 +411,7 @@ class LoRAModelManager:
         self._fill(slot, adapter)
         self._slots[adapter_id] = slot
         self.touch(adapter_id)
-        logger.info("activated adapter %d in slot %d (rank %d)", adapter_id, slot, adapter.rank)
+        logger.debug("activated adapter %d in slot %d (rank %d)", adapter_id, slot, adapter.rank)
         return True
 
     def _place(self, lora: LoRAModel) -> None:
