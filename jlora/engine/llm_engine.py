@@ -23,7 +23,7 @@ from jlora.engine.arrivals import Arrival, Arrivals
 from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
-from jlora.engine.pool_layout import pool_bytes
+from jlora.engine.pool_layout import pool_bytes, staged_bytes
 from jlora.engine.runner import ModelRunner, RunnerConfig, StepResult
 from jlora.engine.sampler import variant_of
 from jlora.engine.scheduler import Plan, Scheduler
@@ -78,12 +78,13 @@ class LLMEngine(AdapterMethods):
             model, args.model, mesh, revision=args.revision, dummy_seed=seed, progress=progress
         )
         self.lora: TieredLoRAManager | None = None
-        pool = None
+        pool, staged, shards = None, 0, args.tensor_parallel_size
         if self.lora_config is not None:
             made_up = None if seed is None else weights
             base = BaseWeights(model, args.model, args.revision, made_up)
             dtype = self._pool_dtype(implementation)
             pool = AdapterPool(self.modules, self.lora_config, dtype, mesh, weights, base)
+            staged = staged_bytes(self.modules, self.lora_config, dtype, shards)
             self.lora = TieredLoRAManager(
                 self.modules,
                 self.lora_config,
@@ -93,7 +94,7 @@ class LLMEngine(AdapterMethods):
                 prepare=self.inputs.tokenizer_of,
             )
         jax.block_until_ready(weights.params)
-        sizes = runner_sizes(args, model, implementation)
+        sizes = runner_sizes(args, model, implementation, staged)
         self.runner = ModelRunner(weights, model, sizes, mesh, pool)
         self._log_memory(weights.params, sizes, mesh, pool)
         caching = args.enable_prefix_caching is not False

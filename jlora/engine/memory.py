@@ -74,10 +74,12 @@ def num_kv_pages(
     max_tokens: int,
     shards: int,
     implementation: Implementation,
+    staged: int = 0,
 ) -> int:
     """Pages that fit; at most what max_num_seqs sequences of max_model_len could ever use.
 
-    Raises ValueError when not even one sequence of max_model_len fits.
+    staged: bytes that adapters take on their way to the pool. Raises ValueError when not even one
+    sequence of max_model_len fits.
     """
     each = page_bytes(model, page_size, shards, implementation)
     per_sequence = -(-max_model_len // page_size)
@@ -85,7 +87,7 @@ def num_kv_pages(
     if args.num_gpu_blocks_override is not None:
         pages = args.num_gpu_blocks_override
     else:
-        pages = min(_budget(args, model, max_tokens, shards) // each, useful)
+        pages = min(_budget(args, model, max_tokens, shards, staged) // each, useful)
     if pages < per_sequence:
         raise ValueError(
             f"the KV cache has room for {pages * page_size} tokens ({pages * each / 1e6:.0f} MB), "
@@ -95,7 +97,7 @@ def num_kv_pages(
     return pages
 
 
-def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int) -> int:
+def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int, staged: int) -> int:
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes
     device = jax.devices()[0]
@@ -103,7 +105,7 @@ def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int) 
     if not stats or "bytes_limit" not in stats:
         return CPU_KV_BYTES
     seqs = min(args.max_num_seqs, max_tokens)
-    left = stats["bytes_limit"] - stats["bytes_in_use"]
+    left = stats["bytes_limit"] - stats["bytes_in_use"] - staged
     if device.platform == "gpu":
         left -= autotuning_bytes(model, shards)
     return max(left - step_bytes(model, max_tokens, seqs, shards), 0)

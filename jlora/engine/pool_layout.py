@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -71,3 +73,12 @@ def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards:
     rows = (config.max_loras + 1) * config.max_lora_token_rows * modules.config.hidden_size
     full = int(np.prod(stored_matrix(modules, config, shards))) // shards
     return total + 2 * (rows + full) * dtype.itemsize
+
+
+def staged_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:
+    """What the adapters of the largest rank take that may be staged on one device."""
+    experts = min(config.lora_expert_blocks, config.rank_blocks)
+    one = dataclasses.replace(
+        config, max_loras=1, max_cpu_loras=1, lora_pool_blocks=None, lora_expert_blocks=experts
+    )
+    return config.max_staged_loras * pool_bytes(modules, one, dtype, shards)

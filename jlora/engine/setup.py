@@ -35,15 +35,18 @@ def check_sizes(args: EngineArgs, model: ModelConfig) -> None:
 
 
 def runner_sizes(
-    args: EngineArgs, model: ModelConfig, implementation: Implementation
+    args: EngineArgs, model: ModelConfig, implementation: Implementation, staged: int = 0
 ) -> RunnerConfig:
-    """The sizes, those left open chosen by the model and by the memory that is left now."""
+    """The sizes, those left open chosen by the model and by the memory that is left now.
+
+    staged: bytes that adapters take on their way to the pool.
+    """
     page_size = args.block_size or PAGE_SIZE
     max_model_len = args.max_model_len or model.max_position_embeddings
     max_tokens = args.max_num_batched_tokens or max(MAX_BATCHED_TOKENS, args.max_num_seqs)
     shards = args.tensor_parallel_size
     pages = memory.num_kv_pages(
-        args, model, page_size, max_model_len, max_tokens, shards, implementation
+        args, model, page_size, max_model_len, max_tokens, shards, implementation, staged
     )
     return RunnerConfig(
         args.max_num_seqs,
