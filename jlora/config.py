@@ -112,7 +112,7 @@ class LoRAConfig:
     max_lora_loads: int = 4
     lora_load_timeout: float = 60.0
     lora_retry_seconds: float = 5.0
-    max_staged_loras: int = 2
+    max_staged_loras: int = 4
     max_lora_passes: int = 64
 
     def __post_init__(self) -> None:
@@ -314,7 +314,7 @@ class EngineArgs:
     max_lora_loads: int = 4
     lora_load_timeout: float = 60.0
     lora_retry_seconds: float = 5.0
-    max_staged_loras: int = 2
+    max_staged_loras: int = 4
     max_lora_passes: int = 64
     lora_modules: Sequence[LoRARequest] | None = None
     lora_resolvers: Sequence[Any] | None = None
