@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from jlora.config import EngineArgs
@@ -16,6 +15,7 @@ from jlora.errors import AdapterInUseError
 from jlora.manager import (
     AdapterStatus,
     AdapterVersion,
+    Load,
     LoRAModel,
     LoRAResolver,
     LoRAStats,
@@ -61,7 +61,6 @@ class AdapterMethods:
                 f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
             )
         added = self._manager().add_adapter(lora_request, place=False)
-        self._follow_versions()
         if place:
             self._place_now(lora_request.lora_int_id)
         return added
@@ -94,8 +93,8 @@ class AdapterMethods:
         if requests and when_in_use == "drain":
             manager.let_go(lora_id)
             return True
-        if when_in_use == "abort":
-            self.abort_request(requests)
+        if when_in_use == "abort":  # those with an older version, too
+            self.abort_request(self.requests_naming(lora_id))
         elif requests:
             running = manager.manager.users(lora_id)
             waiting = f"wanted by {len(requests)} waiting"
@@ -109,6 +108,12 @@ class AdapterMethods:
     def requests_of(self, lora_id: int) -> list[str]:
         """Ids of the requests that wait for an adapter or use it."""
         there = [one.request_id for one in self._requests.values() if one.adapter_id == lora_id]
+        return [*there, *self._arrivals.ids_of(lora_id)]
+
+    def requests_naming(self, lora_id: int) -> list[str]:
+        """Ids of the requests that came with an adapter's id, whichever version they have."""
+        requests = ((name, one.lora_request) for name, one in self._requests.items())
+        there = [name for name, lora in requests if lora and lora.lora_int_id == lora_id]
         return [*there, *self._arrivals.ids_of(lora_id)]
 
     def _forget(self, lora_id: int) -> bool:
@@ -188,15 +193,19 @@ class AdapterMethods:
     def _read_adapter(self, lora_request: LoRARequest) -> AdapterVersion:
         """The version that would act now; reads it, and waits for that, if it is not there."""
         lora = self._lora_of(lora_request)
-        lora.check(lora_request)
+        lora.known(lora_request)
         lora.load_now([lora_request], onto_host=True)
         return lora.version(lora_request.lora_int_id)
 
-    def start_loading(self, lora_request: LoRARequest) -> Future | None:
-        """Reads an adapter in the background, if need be: what ends when that has ended."""
+    def start_loading(self, lora_request: LoRARequest) -> Load | None:
+        """Reads an adapter in the background, if need be."""
         lora = self._lora_of(lora_request)
         lora.check(lora_request)
-        return lora.future(lora.fetch(lora_request)) if lora.must_read(lora_request) else None
+        return lora.fetch(lora_request) if lora.must_read(lora_request) else None
+
+    def collect_loads(self) -> None:
+        """Takes over what has been read in the background; a step does so, too."""
+        self._manager().collect()
 
     def load_loras(self, requests: Iterable[LoRARequest]) -> None:
         """Reads the adapters of requests that are to come, several at a time, and waits for them.
@@ -213,27 +222,22 @@ class AdapterMethods:
         """Queues the requests whose adapters have been read; ends those whose could not be."""
         if self.lora is None:
             return
-        for load, error in self.lora.collect().items():
-            for arrival in self._arrivals.take(load):
-                try:
-                    if error is not None:
-                        raise error
-                    self._queue(arrival, self.lora.version(arrival.adapter_id))
-                except Exception as why:  # of any kind: the others must go on
-                    request = failed_request(arrival, why)
-                    changed[request.request_id] = self._requests[request.request_id] = request
-                    logger.error("request %s failed: %s", request.request_id, why)
-        self._follow_versions()
+        self.lora.collect()
+        for arrival, error in self._arrivals.take():
+            try:
+                if error is not None:
+                    raise error
+                self._queue(arrival, self.lora.version(arrival.adapter_id))
+            except Exception as why:  # of any kind: the others must go on
+                request = failed_request(arrival, why)
+                changed[request.request_id] = self._requests[request.request_id] = request
+                logger.error("request %s failed: %s", request.request_id, why)
 
-    def _follow_versions(self) -> None:
+    def _follow_version(self, old: int, new: int) -> None:
         """Requests that have begun with a version go on with it under its new id."""
-        if self.lora is None:
-            return
-        for old, new in self.lora.superseded:
-            for request in self._requests.values():
-                if request.adapter_id == old and request.adapter_identity:
-                    request.adapter_id = new
-        self.lora.superseded.clear()
+        for request in self._requests.values():
+            if request.adapter_id == old and request.adapter_identity:
+                request.adapter_id = new
 
     def _remove_leaving(self) -> None:
         """Removes the adapters that were to go with their last request."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from jlora.engine.inputs import parse_prompt
 from jlora.engine.sequence import RequestState, Sequence
+from jlora.manager import Load
 from jlora.request import LoRARequest, RequestMetrics, SamplingParams
 
 
@@ -30,10 +30,10 @@ class Arrival:
 
 
 class Arrivals:
-    """Requests by the load that they wait for."""
+    """Requests, and the loads that they wait for."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[Arrival, Hashable]] = {}
+        self._waiting: dict[str, tuple[Arrival, Load]] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._waiting
@@ -41,14 +41,14 @@ class Arrivals:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, arrival: Arrival, load: Hashable) -> None:
-        """It waits for the load of that name."""
+    def add(self, arrival: Arrival, load: Load) -> None:
+        """It waits for its adapter's load."""
         self._waiting[arrival.request_id] = arrival, load
 
-    def take(self, load: Hashable) -> list[Arrival]:
-        """Those that waited for a load, in their order; they wait no longer."""
-        taken = [arrival for arrival, one in self._waiting.values() if one == load]
-        for arrival in taken:
+    def take(self) -> list[tuple[Arrival, Exception | None]]:
+        """Those whose loads have ended, in their order, with the loads' errors."""
+        taken = [(arrival, load.error) for arrival, load in self._waiting.values() if load.done]
+        for arrival, _ in taken:
             del self._waiting[arrival.request_id]
         return taken
 

@@ -12,7 +12,7 @@ from jlora.engine.llm_engine import LLMEngine
 from jlora.manager import resolve
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
-PLACING_SECONDS = 0.002  # between looks whether an adapter's copy has arrived
+WAIT_SECONDS = 0.002  # between looks whether an adapter has arrived
 Stream = asyncio.Queue[RequestOutput | Exception | None]  # None: aborted, nothing more comes
 
 
@@ -95,12 +95,15 @@ class AsyncLLMEngine:
     async def _load(self, lora_request: LoRARequest) -> None:
         """Reads an adapter while the engine goes on."""
         load = await self._call(self.engine.start_loading, lora_request)
-        if load is not None:
-            await asyncio.wrap_future(load)
+        while load is not None and not load.done:
+            await asyncio.sleep(WAIT_SECONDS)
+            await self._call(self.engine.collect_loads)
+        if load is not None and load.error is not None:
+            raise load.error
 
     async def _place(self, lora_id: int) -> None:
         while not await self._call(self.engine.place_lora, lora_id):
-            await asyncio.sleep(PLACING_SECONDS)
+            await asyncio.sleep(WAIT_SECONDS)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """See LLMEngine.add_lora; the engine goes on meanwhile."""
@@ -118,12 +121,8 @@ class AsyncLLMEngine:
 
     async def remove_lora(self, lora_id: int, when_in_use: str = "refuse") -> bool:
         """See LLMEngine.remove_lora; streams of requests that it aborts end."""
-        users, removed = await self._call(
-            lambda: (
-                self.engine.requests_of(lora_id),
-                self.engine.remove_lora(lora_id, when_in_use),
-            )
-        )
+        users = await self._call(self.engine.requests_naming, lora_id)
+        removed = await self._call(self.engine.remove_lora, lora_id, when_in_use)
         for stream in (self._streams[one] for one in users if one in self._streams):
             if when_in_use == "abort":
                 stream.put_nowait(None)

@@ -109,6 +109,8 @@ class LLMEngine(AdapterMethods):
         )
         self._requests: dict[str, RequestState] = {}
         self._arrivals, self._resolved = Arrivals(), {}
+        if self.lora is not None:
+            self.lora.on_superseded = self._follow_version
         self._in_flight: StepResult | None = None
         self._seeds, self._numbers = np.random.default_rng(args.seed), itertools.count()
         if not args.enforce_eager:

@@ -161,6 +161,7 @@ class Scheduler:
         while self.waiting and budget > 0 and self._free_rows:
             sequence = self.waiting.popleft()
             adapter = sequence.adapter_id
+            resident = self._has_slot(adapter)
             if adapter in not_now or not self._acquire_slot(sequence):
                 if not sequence.finished:
                     passed.append(sequence)
@@ -174,7 +175,7 @@ class Scheduler:
                 self._release_slot(sequence)
                 self.waiting.appendleft(sequence)
                 break
-            self._note_start(sequence)
+            self._note_start(sequence, resident)
             for other in passed:
                 other.passes += 1
             self.running.append(sequence)
@@ -201,7 +202,7 @@ class Scheduler:
             if request is None or adapter_id is None:
                 continue
             wanted.append((request, adapter_id))
-            if sequence.passes >= limit and manager.slot_of(adapter_id) is None:
+            if sequence.passes >= limit and not self._has_slot(adapter_id):
                 late[adapter_id] = self.lora.version(adapter_id).needs
         self.lora.want(wanted)
         at_once = max(self.lora.lora_config.max_loras // 8, 1)
@@ -222,8 +223,15 @@ class Scheduler:
             request.adapter_identity = ""
             self.lora.manager.unbind(request.adapter_id)
 
-    def _note_start(self, sequence: Sequence) -> None:
+    def _has_slot(self, adapter_id: int | None) -> bool:
+        if adapter_id is None or self.lora is None:
+            return False
+        return self.lora.manager.slot_of(adapter_id) is not None
+
+    def _note_start(self, sequence: Sequence, resident: bool) -> None:
         metrics, lora_request = sequence.request.metrics, sequence.lora_request
+        if lora_request is not None and self.lora is not None:
+            self.lora.counters.started(resident)
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = time.time()
             if lora_request is not None and self.lora is not None:

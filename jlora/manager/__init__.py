@@ -30,7 +30,7 @@ from jlora.manager.peft_config import PEFTHelper, other_base_model
 from jlora.manager.requirements import UNLIMITED, fitted, options_for
 from jlora.manager.resolver import FolderResolver, HubResolver, LoRAResolver, resolve
 from jlora.manager.stats import Durations, LoRAStats
-from jlora.manager.tiers import AdapterState, AdapterStatus, TieredLoRAManager
+from jlora.manager.tiers import AdapterState, AdapterStatus, Load, TieredLoRAManager
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,
@@ -57,6 +57,7 @@ __all__ = [
     "LoRAModelManager",
     "LoRAResolver",
     "LoRAStats",
+    "Load",
     "Needs",
     "PEFTHelper",
     "PackedLoRALayerWeights",

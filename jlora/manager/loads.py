@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class LoadTimeout(Exception):
+    """A function took longer than it may."""
+
+
 @dataclass
 class _Job:
     function: Callable[[], Any]
@@ -42,10 +46,9 @@ class BackgroundLoads:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def future(self, key: Hashable) -> Future | None:
-        """Of a job that is under way, or has ended and is not collected."""
-        job = self._jobs.get(key)
-        return None if job is None else job.future
+    def keys(self) -> list[Hashable]:
+        """Of the jobs under way, and of those that have finished and are not collected."""
+        return list(self._jobs)
 
     def start(self, key: Hashable, function: Callable[[], Any]) -> Future:
         """Runs the function, unless a job of that key is there already; the future of either."""
@@ -53,6 +56,7 @@ class BackgroundLoads:
             job = self._jobs.get(key)
             if job is None:
                 job = self._jobs[key] = _Job(function)
+                job.future.set_running_or_notify_cancel()  # who waits for it cannot cancel it
                 self._queue.append(job)
                 self._hire()
             return job.future
@@ -93,7 +97,7 @@ class BackgroundLoads:
                 late = job.started is not None and now - job.started > self.timeout
                 if late and not job.future.done():
                     job.seconds = self.timeout
-                    job.future.set_exception(TimeoutError(f"took longer than {self.timeout:g} s"))
+                    job.future.set_exception(LoadTimeout(f"took longer than {self.timeout:g} s"))
                     self._workers -= 1
                     self._hire()
             ended = [(key, job) for key, job in self._jobs.items() if job.future.done()]

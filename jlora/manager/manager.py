@@ -168,11 +168,18 @@ class LoRAModelManager:
         """Whether one more adapter of so many bytes can be added, by eviction if need be."""
         return self._host_victims(nbytes) is not None
 
-    def _host_victims(self, nbytes: int) -> list[int] | None:
-        """The least recently used adapters that must leave the host; None if it cannot be."""
-        budget = self.lora_config.max_cpu_lora_bytes
-        count, held = len(self._adapters) + 1, self.host_bytes + nbytes if budget else 0
-        victims, leaving = [], filter(self._leaves_host, self._adapters)
+    def _host_victims(self, nbytes: int, instead: int | None = None) -> list[int] | None:
+        """The least recently used adapters that must leave the host; None if it cannot be.
+
+        instead: an adapter that leaves in any case.
+        """
+        budget, count, held = self.lora_config.max_cpu_lora_bytes, len(self._adapters) + 1, 0
+        if budget is not None:
+            held = self.host_bytes + nbytes
+        if instead is not None:
+            count, held = count - 1, held - self._adapters[instead].nbytes
+        victims: list[int] = []
+        leaving = (one for one in self._adapters if one != instead and self._leaves_host(one))
         while count > self.capacity or (budget is not None and held > budget):
             victim = next(leaving, None)
             if victim is None:
@@ -181,16 +188,9 @@ class LoRAModelManager:
             count, held = count - 1, held - self._adapters[victim].nbytes
         return victims
 
-    def add_adapter(self, lora: Adapter) -> bool:
-        """Registers an adapter; False when its id is there already.
-
-        Evicts least recently used adapters when the host is full; raises AdapterInUseError when
-        all are pinned or in use.
-        """
-        if lora.id in self._adapters:
-            self.touch(lora.id)
-            return False
-        victims = self._host_victims(lora.nbytes)
+    def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
+        """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""
+        victims = self._host_victims(lora.nbytes, instead)
         if victims is None:
             budget = self.lora_config.max_cpu_lora_bytes
             if budget is None:
@@ -207,6 +207,22 @@ class LoRAModelManager:
             self.remove_adapter(victim)
             self.host_evictions += 1
             logger.debug("evicted adapter %d from the host", victim)
+
+    @property
+    def kept(self) -> set[int]:
+        """The adapters that do not leave the host: held, or bound to requests that have begun."""
+        return self.held | self._bound.keys()
+
+    def add_adapter(self, lora: Adapter) -> bool:
+        """Registers an adapter; False when its id is there already.
+
+        Evicts least recently used adapters when the host is full; raises AdapterInUseError when
+        all are pinned or in use.
+        """
+        if lora.id in self._adapters:
+            self.touch(lora.id)
+            return False
+        self._make_host_room(lora)
         self._adapters[lora.id] = lora
         return True
 
@@ -255,6 +271,8 @@ class LoRAModelManager:
                 f"the new version of pinned adapter {lora.id} takes more rank blocks than adapters "
                 "pinned or in use leave; raise lora_pool_blocks or remove one"
             )
+        if not self.in_use(lora.id):  # else the next line says so
+            self._make_host_room(lora, instead=lora.id)
         self.remove_adapter(lora.id)
         self.add_adapter(lora)
         if pinned:

@@ -64,6 +64,13 @@ class Counters:
     copies: Durations = field(default_factory=Durations)
     waits: dict[str, Durations] = field(default_factory=dict)
 
+    def started(self, resident: bool) -> None:
+        """A sequence has started. resident: its adapter had a slot before it came to that."""
+        if resident:
+            self.hits += 1
+        else:
+            self.activations += 1
+
     def loaded(self, seconds: float) -> None:
         """An adapter has been read."""
         self.loads.add(seconds)

@@ -6,18 +6,19 @@ engine, between steps.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from jlora.errors import AdapterError, AdapterInUseError
 from jlora.manager.loader import source
-from jlora.manager.loads import BackgroundLoads
+from jlora.manager.loads import BackgroundLoads, LoadTimeout
 from jlora.manager.lora_model import LoRAModel
 from jlora.manager.mixture import Adapter
 from jlora.manager.stats import Counters, LoRAStats
@@ -59,6 +60,20 @@ class AdapterStatus:
     retry_in: float | None = None
 
 
+@dataclass(eq=False)
+class Load:
+    """An adapter that is being read. done: whether that has ended, and with what error, if any."""
+
+    request: LoRARequest
+    done: bool = False
+    error: Exception | None = None
+
+    @property
+    def adapter_id(self) -> int:
+        """Of the adapter."""
+        return self.request.lora_int_id
+
+
 @dataclass(frozen=True)
 class _Failure:
     name: str
@@ -87,8 +102,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._stage, self._prepare = stage, prepare
         self._loads = BackgroundLoads(config.max_lora_loads, config.lora_load_timeout)
         self._copies = BackgroundLoads(config.max_staged_loras, config.lora_load_timeout)
-        self._loading: dict[Hashable, LoRARequest] = {}
-        self._ended: dict[Hashable, Exception | None] = {}
+        self._loading: dict[tuple[int, bool], Load] = {}  # by id and load_inplace
         self._failures: dict[int, _Failure] = {}
         self._failed_copies: dict[str, Exception] = {}
         self._leaving: set[int] = set()
@@ -105,7 +119,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """
         known = self.check(request)
         failure = self._failures.get(request.lora_int_id)
-        if failure is not None:
+        serves = self.manager.get_adapter(request.lora_int_id) is not None
+        if failure is not None and (request.load_inplace or not serves):
             if time.monotonic() < failure.retry_at:
                 raise failure.error
             del self._failures[request.lora_int_id]
@@ -115,38 +130,37 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """What is known of a request's adapter without looking at a disk.
 
         Raises AdapterError for an id that stands for something else, AdapterInUseError when pinned
-        adapters leave no room.
+        adapters leave no room, or when it is being removed.
         """
         adapter_id = request.lora_int_id
-        known = self._known(request)
-        loading = self._loading.get(_key(request))
-        if loading is not None and source(loading) != source(request):
-            raise AdapterError(
-                f"adapter {request.lora_name!r}: id {adapter_id} stands for {source(loading)}, "
-                f"which is being loaded, not {source(request)}; use another id"
-            )
-        self._require_room(request, None if known is None else known.needs)
-        return known
-
-    def _known(self, request: LoRARequest) -> AdapterVersion | None:
-        if request.lora_int_id in self._leaving:
+        if adapter_id in self._leaving:
             raise AdapterInUseError(
                 f"adapter {request.lora_name!r} is being removed, and requests still use it; wait, "
                 "or use another id"
             )
-        return super()._known(request)
+        known = self._known(request)
+        load = self._loading.get((adapter_id, request.load_inplace))
+        if load is not None and source(load.request) != source(request):
+            raise AdapterError(
+                f"adapter {request.lora_name!r}: id {adapter_id} stands for "
+                f"{source(load.request)}, which is being loaded, not {source(request)}; use "
+                "another id"
+            )
+        self._require_room(request, None if known is None else known.needs)
+        return known
 
-    def fetch(self, request: LoRARequest) -> Hashable:
-        """Reads an adapter in the background, unless that is under way; returns the load's name.
+    def fetch(self, request: LoRARequest) -> Load:
+        """Reads an adapter in the background, unless that is under way.
 
         With load_inplace it is read only if its files have changed.
         """
-        key = _key(request)
-        if key not in self._loads:
+        key = (request.lora_int_id, request.load_inplace)
+        load = self._loading.get(key)
+        if load is None:
             self._failures.pop(request.lora_int_id, None)
-            self._loading[key] = request
-            self._loads.start(key, lambda: self._fetched(request))
-        return key
+            load = self._loading[key] = Load(request)
+            self._loads.start(load, lambda: self._fetched(request))
+        return load
 
     def _fetched(self, request: LoRARequest) -> Any:
         """In a thread: changes nothing."""
@@ -155,15 +169,14 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             self._prepare(loaded[1])
         return loaded
 
-    def collect(self) -> dict[Hashable, Exception | None]:
-        """Takes over what threads have done: loads that have ended, and what was wrong with them.
-
-        Each is said once.
-        """
-        for key, future, seconds in self._loads.collect():
-            request = self._loading.pop(key, None)
-            if request is not None:  # else it was removed meanwhile
-                self._ended[key] = self._take(request, future, seconds)
+    def collect(self) -> None:
+        """Takes over what threads have done."""
+        for load, future, seconds in self._loads.collect():
+            assert isinstance(load, Load)  # what `fetch` starts
+            if not load.done:  # else it was removed meanwhile
+                del self._loading[load.adapter_id, load.request.load_inplace]
+                load.error = self._take(load.request, future, seconds)
+                load.done = True
         for key, future, seconds in self._copies.collect():
             error = future.exception()
             if error is None:
@@ -172,8 +185,6 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             else:
                 logger.error("could not copy adapter %s to the device: %s", key, error)
                 self._failed_copies[str(key)] = _as_exception(error)
-        ended, self._ended = self._ended, {}
-        return ended
 
     def _take(self, request: LoRARequest, future: Future, seconds: float) -> Exception | None:
         adapter_id, name = request.lora_int_id, request.lora_name
@@ -183,13 +194,14 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 lora, version = loaded
                 self.counters.loaded(seconds)
                 self._require_room(request, version.needs)
+                self._require_bytes(request, lora.nbytes)
                 there = self.manager.get_adapter(adapter_id) is not None
                 if there or self.manager.has_host_room(lora.nbytes):
                     self._put(request, loaded)
                 else:  # it is read again when its turn comes
                     self._versions[adapter_id] = version
                     self._let_arrays_go()
-        except TimeoutError as error:
+        except LoadTimeout as error:
             return self._fail(
                 adapter_id,
                 name,
@@ -210,9 +222,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._failures[adapter_id] = _Failure(name, error, retry_at)
         return error
 
-    def future(self, key: Hashable) -> Future | None:
-        """What ends with a load that is under way."""
-        return self._loads.future(key)
+    def _require_bytes(self, request: LoRARequest, nbytes: int) -> None:
+        budget = self.lora_config.max_cpu_lora_bytes
+        if budget is not None and nbytes > budget:
+            raise AdapterError(
+                f"adapter {request.lora_name!r}: takes {nbytes} bytes of host memory, above "
+                f"max_cpu_lora_bytes={budget}; {nbytes} or more would take it"
+            )
 
     def must_read(self, request: LoRARequest) -> bool:
         """Whether an adapter's files must be read before requests for it can be taken.
@@ -249,15 +265,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         )
 
     def _fetch_and_wait(self, requests: Iterable[LoRARequest]) -> None:
-        keys = dict.fromkeys(map(self.fetch, requests))
-        seen: dict[Hashable, Exception | None] = {}
-        while any(key not in seen for key in keys):
+        loads = [self.fetch(one) for one in requests]
+        while not all(load.done for load in loads):
             self._loads.wait(_WAIT)
-            seen |= self.collect()
-        self._ended |= seen  # whoever asked for them must hear of it, too
-        for key in keys:
-            if (error := seen[key]) is not None:
-                raise error
+            self.collect()
+        for load in loads:
+            if load.error is not None:
+                raise load.error
 
     def wait(self, seconds: float) -> None:
         """Until a load or a copy has ended, for at most so long."""
@@ -277,14 +291,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         the host can keep are read, and the next few are copied to the device. Those that come first
         are the last to be evicted.
         """
-        manager = self.manager
-        room = manager.capacity - len(manager.held)
-        wanted: dict[int, LoRARequest] = {}
-        for request, adapter_id in requests:
-            if adapter_id not in wanted and adapter_id not in manager.held:
-                if len(wanted) == room:
-                    break
-                wanted[adapter_id] = request
+        manager, wanted = self.manager, self._next_on_host(requests)
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
         if self.staged:
@@ -295,11 +302,34 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                failed = adapter_id in self._failures
-                if not failed and adapter_id > 0 and adapter_id not in self._leaving:
-                    self.fetch(request)
+                if adapter_id > 0 and adapter_id not in self._failures:
+                    self.fetch(self._as_last_read(request))
             elif manager.slot_of(adapter_id) is None:
                 self._copy(adapter_id, adapter)
+
+    def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
+        """The adapters of waiting requests that the host can keep beside those it must."""
+        manager, wanted = self.manager, {}
+        held, kept, budget = manager.held, manager.kept, self.lora_config.max_cpu_lora_bytes
+        count, nbytes = len(kept), 0
+        if budget is not None:
+            nbytes = sum(one.nbytes for key, one in manager.list_adapters().items() if key in kept)
+        for request, adapter_id in requests:
+            if adapter_id in wanted or adapter_id in held:
+                continue
+            if adapter_id not in kept:
+                count += 1
+                nbytes += self._versions[adapter_id].nbytes if budget is not None else 0
+                if count > manager.capacity or (budget is not None and nbytes > budget):
+                    break
+            wanted[adapter_id] = request
+        return wanted
+
+    def _as_last_read(self, request: LoRARequest) -> LoRARequest:
+        """What the request's id stands for: a reload may have changed that while it waited."""
+        version = self._versions.get(request.lora_int_id)
+        current = request if version is None or version.request is None else version.request
+        return dataclasses.replace(current, load_inplace=False) if current.load_inplace else current
 
     def _missing(self, adapter: Adapter) -> list[LoRAModel]:
         """What must be copied before an adapter can be written to the device."""
@@ -313,7 +343,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _copy(self, adapter_id: int, adapter: Adapter, at_once: bool = False) -> None:
         """Starts to copy an adapter. at_once: even if as many are on their way as may be."""
-        ahead = len(self.staged) + len(self._copies)
+        own = {lora.key for lora, _ in adapter.components}
+        under_way = {*self.staged, *map(str, self._copies.keys())}
+        ahead = len(under_way - own)
         new = [lora for lora in self._missing(adapter) if lora.key not in self._copies]
         room = ahead == 0 or ahead + len(new) <= self.lora_config.max_staged_loras
         stage = self._stage
@@ -347,13 +379,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             if not self._is_copied(adapter):  # looked at first: it is quick, and most are not
                 return None
             if adapter_id > 0:
-                known = super()._known(request)
-                self._require_room(request, known.needs if known is not None else None)
+                self._require_room(request, self._versions[adapter_id].needs)
             if not manager.can_activate(adapter_id):
                 return None
-            self.counters.activations += 1
-        else:
-            self.counters.hits += 1
         return manager.acquire(adapter_id)
 
     def place(self, adapter_id: int) -> bool:
@@ -362,7 +390,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         False when its copy is on its way to the device, and the call is to be made again.
         """
         manager = self.manager
-        self._ended |= self.collect()
+        self.collect()
         adapter = manager.get_adapter(adapter_id)
         if adapter is None or not manager.can_activate(adapter_id):
             return True
@@ -395,9 +423,10 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Forgets an adapter, what its id stood for and a load that is under way."""
         removed = super().remove_adapter(adapter_id)
         self._leaving.discard(adapter_id)
-        for key in [key for key in self._loading if key[0] == adapter_id]:  # type: ignore[index]
-            del self._loading[key]
-            removed = True
+        for key in [key for key in self._loading if key[0] == adapter_id]:
+            load, removed = self._loading.pop(key), True
+            load.error = AdapterError(f"adapter {load.request.lora_name!r} has been removed")
+            load.done = True
         self._failures.pop(adapter_id, None)
         return removed
 
@@ -423,14 +452,16 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
 
     def statuses(self) -> dict[int, AdapterStatus]:
         """Every adapter that the engine has heard of, by id; superseded ones by theirs, below 0."""
-        ids = {*self._versions, *self._failures, *(key[0] for key in self._loading)}  # type: ignore[index]
+        superseded = {one for one in self.manager.list_adapters() if one < 0}
+        ids = {one for one in self._versions if one > 0} | superseded
+        ids |= self._failures.keys() | {adapter_id for adapter_id, _ in self._loading}
         return {adapter_id: self._status(adapter_id) for adapter_id in sorted(ids)}
 
     def _status(self, adapter_id: int) -> AdapterStatus:
         manager, version = self.manager, self._versions.get(adapter_id)
         adapter, slot = manager.get_adapter(adapter_id), manager.slot_of(adapter_id)
         failure = self._failures.get(adapter_id)
-        loading = next((one for key, one in self._loading.items() if key[0] == adapter_id), None)  # type: ignore[index]
+        loading = next((one for key, one in self._loading.items() if key[0] == adapter_id), None)
         name = version.name if version else failure.name if failure else ""
         reason, retry_in = None, None
         if manager.is_pinned(adapter_id):
@@ -442,7 +473,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         elif adapter is not None:
             state = AdapterState.ON_HOST
         elif loading is not None:
-            state, name = AdapterState.LOADING, name or loading.lora_name
+            state, name = AdapterState.LOADING, name or loading.request.lora_name
         elif failure is not None:
             state, reason = AdapterState.FAILED, str(failure.error)
             retry_in = max(failure.retry_at - time.monotonic(), 0.0)
@@ -474,11 +505,6 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             free_slots=len(manager.free_slots),
             free_blocks={name: pool.num_free for name, pool in manager.pools.items()},
         )
-
-
-def _key(request: LoRARequest) -> tuple[int, bool]:
-    """Names a load: one for each adapter, and one more to look whether it has changed."""
-    return request.lora_int_id, request.load_inplace
 
 
 def _as_exception(error: BaseException) -> Exception:

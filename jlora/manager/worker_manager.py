@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class AdapterVersion:
     name: of the request that loaded it. request: itself; None when that would keep alive the
     arrays of an adapter that is not on the host any more. source: what it named, whatever the
     spelling. folder: of its files, if it has any. identity: a hash of what it holds. fingerprint:
-    tells without reading whether its files have changed since. needs: what it takes on the device.
-    added_tokens, invocation_tokens: see LoRAModel.
+    tells without reading whether its files have changed since. nbytes: of its tensors. needs: what
+    it takes on the device. added_tokens, invocation_tokens: see LoRAModel.
     """
 
     name: str
@@ -43,6 +43,7 @@ class AdapterVersion:
     folder: Path | None
     identity: str
     fingerprint: str
+    nbytes: int
     needs: Needs
     added_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
@@ -83,8 +84,8 @@ class WorkerLoRAManager:
         self.manager = LoRAModelManager(modules, lora_config)
         self._loader = AdapterLoader(modules, lora_config, base_weight, model_name)
         self._versions: dict[int, AdapterVersion] = {}
-        # (id, the id under which its last version lives on), for who keeps ids of requests.
-        self.superseded: list[tuple[int, int]] = []
+        # Told the id, and the id under which its last version lives on for its requests.
+        self.on_superseded: Callable[[int, int], object] = lambda old, new: None
 
     # -- vLLM's interface ------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class WorkerLoRAManager:
     def _put(self, request: LoRARequest, loaded: _Loaded | None) -> bool:
         """Registers what `_read` gave; only now may another adapter be evicted.
 
-        A version that requests have begun with lives on under another id (`superseded`).
+        A version that requests have begun with lives on under another id.
         """
         if loaded is None:
             self.manager.touch(request.lora_int_id)
@@ -298,9 +299,12 @@ class WorkerLoRAManager:
                 "requests still use; raise max_cpu_loras"
             )
         old = manager.supersede(lora.id)
+        gone = [one for one in self._versions if one < 0 and manager.get_adapter(one) is None]
+        for one in gone:
+            del self._versions[one]
         self._versions[old] = self._versions[lora.id]
-        self.superseded.append((lora.id, old))
         manager.add_adapter(lora)
+        self.on_superseded(lora.id, old)
         if pinned:
             manager.pin_adapter(lora.id)
 
@@ -324,6 +328,7 @@ class WorkerLoRAManager:
             folder,
             adapter.identity,
             adapter.fingerprint,
+            adapter.nbytes,
             self.manager.needs(adapter),
             plain.added_tokens if plain is not None else 0,
             plain.invocation_tokens if plain is not None else (),

@@ -55,7 +55,7 @@ class FakeLoRA:
         self.max_slots, self.slots = slots, OrderedDict()
         self.users, self.manager = Counter(), self
         self.bound: Counter[int] = Counter()
-        self.counters, self.staged, self.superseded = Counters(), {}, []
+        self.counters, self.staged = Counters(), {}
         self.lora_config = SimpleNamespace(max_lora_passes=64, max_loras=slots)
         self.busy, self.leaving = False, set()
         self.versions: Counter[int] = Counter()  # of what each adapter's folder holds
@@ -72,8 +72,8 @@ class FakeLoRA:
     def place(self, adapter: int) -> bool:
         return True
 
-    def collect(self) -> dict:
-        return {}
+    def collect(self) -> None:
+        pass
 
     def want(self, requests) -> None:
         list(requests)
@@ -96,7 +96,7 @@ class FakeLoRA:
 
     def version(self, adapter: int) -> AdapterVersion:
         identity = self.identity(adapter)
-        return AdapterVersion(str(adapter), None, str(adapter), None, identity, identity, {})
+        return AdapterVersion(str(adapter), None, str(adapter), None, identity, identity, 0, {})
 
     def identity(self, adapter: int) -> str:
         return f"adapter {adapter}, version {self.versions[adapter]}"

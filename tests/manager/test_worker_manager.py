@@ -315,10 +315,11 @@ def test_load_inplace_while_in_use_puts_the_new_version_beside_the_old(folders):
     one = worker()
     one.start(request(1, folders / "small"))
     one.manager.bind(1)
-    old = one.manager.get_adapter(1)
+    old, seen = one.manager.get_adapter(1), []
+    one.on_superseded = lambda *ids: seen.append(ids)
     assert not one.add_adapter(request(1, folders / "small", load_inplace=True))
     assert one.add_adapter(request(1, folders / "big", load_inplace=True))
-    assert one.superseded == [(1, -1)]
+    assert seen == [(1, -1)]
     assert one.manager.get_adapter(-1) is old
     assert one.manager.lora_index_to_id == [-1, 1]
     assert one.manager.get_adapter(1).rank == 32
