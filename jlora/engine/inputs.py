@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ class InputProcessor:
         self.eos_ids = self._ends(self.tokenizer, model.vocab_size)
         # By what is in the files, so that thousands of adapters may bring copies of one.
         self._tokenizers: dict[bytes, Any] = {b"": self.tokenizer}
-        self._contents: dict[str, bytes] = {}  # by the adapters' identities
+        self._contents: dict[
+            tuple[str, Path], bytes
+        ] = {}  # by the adapters' identities and folders
+        self._lock = threading.Lock()
         source = Path(args.tokenizer or args.model)
         if source.is_dir():
             self._tokenizers[_tokenizer_content(_tokenizer_files(source))] = self.tokenizer
@@ -118,10 +122,21 @@ class InputProcessor:
         )
 
     def tokenizer_of(self, version: AdapterVersion | None) -> Any:
-        """The adapter's own tokeniser when its folder has one that is not the base's."""
+        """The adapter's own tokeniser when its folder has one that is not the base's.
+
+        Looks at the folder only for a version that `read_tokenizer` has not been called for.
+        """
         if self.tokenizer is None or version is None or version.folder is None:
             return self.tokenizer
-        name = f"adapter {version.name!r}"
+        content = self._contents.get((version.identity, version.folder))
+        found = None if content is None else self._tokenizers.get(content)
+        return self.read_tokenizer(version) if found is None else found
+
+    def read_tokenizer(self, version: AdapterVersion) -> Any:
+        """Looks at an adapter's folder, for `tokenizer_of`; from any thread."""
+        if self.tokenizer is None or version.folder is None:
+            return self.tokenizer
+        name, key = f"adapter {version.name!r}", (version.identity, version.folder)
         files = _tokenizer_files(version.folder)
         size = sum(file[1] for file in files)
         if size > MAX_TOKENIZER_BYTES:
@@ -129,11 +144,12 @@ class InputProcessor:
                 f"{name}: its tokeniser takes {size} bytes, expected at most {MAX_TOKENIZER_BYTES}"
             )
         if version.folder.is_dir():
-            self._contents[version.identity] = _tokenizer_content(files)
+            self._contents[key] = _tokenizer_content(files)
         # A folder that is gone: what it held, since the adapter may still be there.
-        content = self._contents.get(version.identity, b"")
-        if content in self._tokenizers:
-            return self._tokenizers[content]
+        content = self._contents.get(key, b"")
+        found = self._tokenizers.get(content)
+        if found is not None:
+            return found
         from transformers import AutoTokenizer
 
         try:
@@ -143,10 +159,11 @@ class InputProcessor:
             raise AdapterError(
                 f"{name}: the tokeniser in {version.folder} cannot be read: {error}"
             ) from error
-        own = [one for one, kept in self._tokenizers.items() if kept is not self.tokenizer]
-        if len(own) >= MAX_TOKENIZERS:
-            del self._tokenizers[own[0]]
-        self._tokenizers[content] = found
+        with self._lock:
+            own = [one for one, kept in self._tokenizers.items() if kept is not self.tokenizer]
+            if len(own) >= MAX_TOKENIZERS:
+                del self._tokenizers[own[0]]
+            self._tokenizers[content] = found
         return found
 
     def _ends(self, tokenizer: Any, vocab: int) -> frozenset[int]:

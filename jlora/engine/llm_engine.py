@@ -91,7 +91,7 @@ class LLMEngine(AdapterMethods):
                 base,
                 model_name=args.model,
                 stage=pool.stage,
-                prepare=self.inputs.tokenizer_of,
+                prepare=self.inputs.read_tokenizer,
             )
         jax.block_until_ready(weights.params)
         sizes = runner_sizes(args, model, implementation, staged)
@@ -108,6 +108,7 @@ class LLMEngine(AdapterMethods):
             self.model_config.restarts_above,
         )
         self._requests: dict[str, RequestState] = {}
+        self._changed: dict[str, RequestState] = {}  # since the last report
         self._arrivals, self._resolved = Arrivals(), {}
         if self.lora is not None:
             self.lora.on_superseded = self._follow_version
@@ -280,7 +281,7 @@ class LLMEngine(AdapterMethods):
 
         Returns what is new of the requests in the step that was read.
         """
-        changed: dict[str, RequestState] = {}
+        changed = self._changed  # what a step that failed had still to report, too
         self._take_arrivals(changed)
         plan = self.scheduler.schedule(in_flight=self._in_flight is not None)
         if plan is None:  # something must be preempted, and its last token is on the way
@@ -301,6 +302,7 @@ class LLMEngine(AdapterMethods):
         self.scheduler.failed.clear()
         if result is None and not changed and self.lora is not None and self.lora.busy:
             self.lora.wait(IDLE_SECONDS)  # for an adapter: there is nothing else to do
+        self._changed = {}
         outputs = self._report(changed)
         self._remove_leaving()
         return outputs

@@ -192,7 +192,7 @@ class Scheduler:
         Those are as few as leave room for the first sequences that have been passed often enough,
         an eighth of the slots at a time: emptying more makes batches small (docs/benchmarks.md).
         """
-        if self.lora is None or not self.waiting:
+        if self.lora is None or not (self.waiting or self.lora.staged):
             return set()
         wanted: list[tuple[LoRARequest, int]] = []
         late: dict[int, Needs] = {}
@@ -221,7 +221,7 @@ class Scheduler:
         """Lets go of the version that the request has begun with, if it has."""
         if request.adapter_identity and request.adapter_id is not None and self.lora is not None:
             request.adapter_identity = ""
-            self.lora.manager.unbind(request.adapter_id)
+            self.lora.unbind(request.adapter_id)
 
     def _has_slot(self, adapter_id: int | None) -> bool:
         if adapter_id is None or self.lora is None:
@@ -319,8 +319,8 @@ class Scheduler:
         """A plan could not be run: ends its sequences, and forgets what its pages should hold."""
         for entry in plan.entries:
             if not entry.sequence.finished:
+                self.remove(entry.sequence)  # first: who fails lets go of its adapter's version
                 self._fail(entry.sequence, reason)
-                self.remove(entry.sequence)
         self.pages.reset()
 
     def remove(self, sequence: Sequence) -> None:

@@ -62,11 +62,15 @@ class AdapterStatus:
 
 @dataclass(eq=False)
 class Load:
-    """An adapter that is being read. done: whether that has ended, and with what error, if any."""
+    """An adapter that is being read. done: whether that has ended, and with what error, if any.
+
+    again: somebody has asked since it began, and what it finds may be older than that.
+    """
 
     request: LoRARequest
     done: bool = False
     error: Exception | None = None
+    again: bool = False
 
     @property
     def adapter_id(self) -> int:
@@ -108,6 +112,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._leaving: set[int] = set()
         self.staged: dict[str, Any] = {}
         self._staged_for: dict[str, int] = {}  # the adapters that asked for them
+        self._placing: set[int] = set()
         self.counters = Counters()
 
     # -- loading ---------------------------------------------------------------------------
@@ -160,6 +165,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             self._failures.pop(request.lora_int_id, None)
             load = self._loading[key] = Load(request)
             self._loads.start(load, lambda: self._fetched(request))
+        else:
+            load.again = request.load_inplace
         return load
 
     def _fetched(self, request: LoRARequest) -> Any:
@@ -173,7 +180,11 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Takes over what threads have done."""
         for load, future, seconds in self._loads.collect():
             assert isinstance(load, Load)  # what `fetch` starts
-            if not load.done:  # else it was removed meanwhile
+            if load.again and not load.done:
+                load.again = False
+                self._take(load.request, future, seconds)
+                self._loads.start(load, functools.partial(self._fetched, load.request))
+            elif not load.done:  # else it was removed meanwhile
                 del self._loading[load.adapter_id, load.request.load_inplace]
                 load.error = self._take(load.request, future, seconds)
                 load.done = True
@@ -196,7 +207,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 self._require_room(request, version.needs)
                 self._require_bytes(request, lora.nbytes)
                 there = self.manager.get_adapter(adapter_id) is not None
-                if there or self.manager.has_host_room(lora.nbytes):
+                if there and not request.load_inplace:
+                    self.manager.touch(adapter_id)  # it came meanwhile, and is the newer one
+                elif there or self.manager.has_host_room(lora.nbytes):
                     self._put(request, loaded)
                 else:  # it is read again when its turn comes
                     self._versions[adapter_id] = version
@@ -294,11 +307,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         manager, wanted = self.manager, self._next_on_host(requests)
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
-        if self.staged:
-            keep = manager.unwritten
-            for key, adapter_id in list(self._staged_for.items()):
-                if key in self.staged and key not in keep and adapter_id not in wanted:
-                    del self.staged[key], self._staged_for[key]
+        self._drop_copies({*wanted, *self._placing})
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
@@ -306,6 +315,17 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                     self.fetch(self._as_last_read(request))
             elif manager.slot_of(adapter_id) is None:
                 self._copy(adapter_id, adapter)
+
+    def _drop_copies(self, wanted: set[int]) -> None:
+        """Lets go of the copies that nobody waits for, as those of an older version."""
+        keep = self.manager.unwritten if self.staged else set()
+        for key in list(self.staged):
+            adapter_id = self._staged_for[key]
+            adapter = self.manager.get_adapter(adapter_id) if adapter_id in wanted else None
+            if key not in keep | {lora.key for lora, _ in (adapter.components if adapter else ())}:
+                del self.staged[key]
+        under_way = {*self.staged, *self._copies.keys()}
+        self._staged_for = {key: one for key, one in self._staged_for.items() if key in under_way}
 
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
         """The adapters of waiting requests that the host can keep beside those it must."""
@@ -384,6 +404,12 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 return None
         return manager.acquire(adapter_id)
 
+    def unbind(self, adapter_id: int) -> None:
+        """A request that had begun has ended; a superseded version goes with the last."""
+        self.manager.unbind(adapter_id)
+        if adapter_id < 0 and self.manager.get_adapter(adapter_id) is None:
+            del self._versions[adapter_id]
+
     def place(self, adapter_id: int) -> bool:
         """Gives an adapter that is on the host a slot, if one can be had.
 
@@ -392,9 +418,11 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         manager = self.manager
         self.collect()
         adapter = manager.get_adapter(adapter_id)
+        self._placing.discard(adapter_id)
         if adapter is None or not manager.can_activate(adapter_id):
             return True
         if manager.slot_of(adapter_id) is None and not self._is_copied(adapter):
+            self._placing.add(adapter_id)
             self._copy(adapter_id, adapter, at_once=True)
             return False
         manager.activate_adapter(adapter_id)
@@ -423,6 +451,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Forgets an adapter, what its id stood for and a load that is under way."""
         removed = super().remove_adapter(adapter_id)
         self._leaving.discard(adapter_id)
+        self._placing.discard(adapter_id)
+        for copy in [copy for copy, one in self._staged_for.items() if one == adapter_id]:
+            self.staged.pop(copy, None)
         for key in [key for key in self._loading if key[0] == adapter_id]:
             load, removed = self._loading.pop(key), True
             load.error = AdapterError(f"adapter {load.request.lora_name!r} has been removed")

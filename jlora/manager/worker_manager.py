@@ -299,9 +299,6 @@ class WorkerLoRAManager:
                 "requests still use; raise max_cpu_loras"
             )
         old = manager.supersede(lora.id)
-        gone = [one for one in self._versions if one < 0 and manager.get_adapter(one) is None]
-        for one in gone:
-            del self._versions[one]
         self._versions[old] = self._versions[lora.id]
         manager.add_adapter(lora)
         self.on_superseded(lora.id, old)

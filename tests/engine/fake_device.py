@@ -202,7 +202,7 @@ def fake_engine(
     engine.scheduler._preempt = checked_preempt
     engine._requests, engine._in_flight = {}, None
     engine._arrivals, engine._numbers = Arrivals(), itertools.count()
-    engine._resolved = {}
+    engine._resolved, engine._changed = {}, {}
     engine._seeds = np.random.default_rng(0)
     return engine
 

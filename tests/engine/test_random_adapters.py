@@ -637,13 +637,19 @@ def test_an_older_read_never_replaces_what_was_reloaded(engine, files, tmp_path,
     assert engine.lora_identity(1) == new
 
 
+def under_way(engine, key):
+    """What ends when the thread has that reads an adapter: (id, load_inplace)."""
+    load = engine.lora._loading[key]
+    return engine.lora._loads._jobs[load].future
+
+
 def test_a_reload_is_not_served_with_an_older_read(engine, files, tmp_path):
     """A request's load has ended, and not been collected, when the files change."""
     begin(engine, "base")
     put(files.contents[0][0], tmp_path / "a")
     again = lora_of(tmp_path / "a", load_inplace=True)
     ask(engine, "a", again)
-    engine.lora.future((1, True)).result(PATIENCE)
+    under_way(engine, (1, True)).result(PATIENCE)
     put(files.contents[0][1], tmp_path / "a")
     engine.add_lora(again)
     identity = engine.lora_identity(1)
@@ -659,7 +665,7 @@ def test_abort_after_another_call_has_found_a_new_version(engine, files, tmp_pat
     put(files.contents[0][1], tmp_path / "a")
     again = lora_of(tmp_path / "a", load_inplace=True)
     ask(engine, "b", again)
-    engine.lora.future((1, True)).result(PATIENCE)
+    under_way(engine, (1, True)).result(PATIENCE)
     argument = {"get_tokenizer": again, "load_loras": [again]}.get(call, 1)
     getattr(engine, call)(argument)
     engine.abort_request("a")
@@ -692,7 +698,7 @@ def test_what_a_step_that_fails_had_to_say_is_said_by_the_next(engine, tmp_path,
     missing = lora_of(tmp_path / "missing")
     ask(engine, "a", missing)
     with pytest.raises(AdapterError):
-        engine.lora.future((1, False)).result(PATIENCE)
+        under_way(engine, (1, False)).result(PATIENCE)
 
     def dispatch(*_):
         raise ValueError(BROKEN_STEP)
@@ -728,7 +734,7 @@ def test_an_interrupt_of_add_lora_takes_no_news_from_others(engine, files, monke
     ask(engine, "a", lora_of(files.contents[0][0]))
     assert gate.reached.wait(PATIENCE)
     monkeypatch.setattr(engine.lora._loader, "load", lambda *_: time.sleep(PATIENCE))
-    first, waits = engine.lora.future((1, False)), []
+    first, waits = under_way(engine, (1, False)), []
 
     def wait(_):
         if waits:
@@ -934,6 +940,8 @@ def change_adapters(folder: Path, rounds: int) -> None:
         return np.zeros(1000, np.float32)
 
     manager = WaitingLoRAManager(TABLE, lora_config(max_cpu_loras=4), stage=stage)
+    superseded: dict[int, int] = {}
+    manager.on_superseded = superseded.__setitem__
     rng, small = np.random.default_rng(0), {"target_modules": ["q_proj"]}
     paths = [write_adapter(folder / str(index), **small, r=4) for index in range(20)]
     kept = manager.manager
@@ -952,11 +960,10 @@ def change_adapters(folder: Path, rounds: int) -> None:
             if number % 3 == 0:  # a new version comes while it runs
                 write_adapter(path, **small, r=int(rng.integers(1, 17)))
                 manager.add_adapter(request(adapter_id, path, load_inplace=True), place=False)
-                now = dict(manager.superseded).get(adapter_id, adapter_id)
-                manager.superseded.clear()
+                now = superseded.pop(adapter_id, adapter_id)
             kept.take_writes()
             kept.release(now)
-            kept.unbind(now)
+            manager.unbind(now)
             if number % 11 == 0:
                 manager.remove_adapter(adapter_id)
             flat.look(number)
@@ -966,7 +973,7 @@ def change_adapters(folder: Path, rounds: int) -> None:
         manager.remove_adapter(adapter_id)
     assert not kept.list_adapters() and kept.free_slots == {0, 1}
     assert all(pool.num_free == pool.num_blocks for pool in kept.pools.values())
-    assert not manager._versions and not manager._ended and not manager._loading
+    assert not manager._versions and not manager._loading
     assert len(manager._loads) == len(manager._copies) == 0
 
 
