@@ -29,8 +29,8 @@ from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft_config import PEFTHelper, other_base_model
 from jlora.manager.requirements import UNLIMITED, fitted, options_for
 from jlora.manager.resolver import FolderResolver, HubResolver, LoRAResolver, resolve
-from jlora.manager.stats import Durations, LoRAStats
-from jlora.manager.tiers import AdapterState, AdapterStatus, Load, TieredLoRAManager
+from jlora.manager.stats import AdapterState, AdapterStatus, Durations, LoRAStats
+from jlora.manager.tiers import Load, TieredLoRAManager
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,

@@ -352,17 +352,27 @@ class LoRAModelManager:
         """Adapters whose sequences must end so that others can be placed: those with the fewest.
 
         needs: of the others, in the order in which they come; those that pins leave no room for
-        count for nothing.
+        count for nothing. Blocks that adapters share are taken to go with the first of them.
         """
-        wanted: dict[int, Needs] = {}
-        drained: set[int] = set()
+        held, drained = self.held, set[int]()
         busy = sorted(self._users.keys() - self._pinned, key=lambda one: (self._users[one], one))
-        for adapter_id, one in needs.items():
-            wanted[adapter_id] = one
-            while not self.fits(wanted, beside=self.held - drained):
+        slots = self.lora_slots - len(held)
+        together: dict[str, Mapping[str, int]] = {}
+        for adapter_id in held if needs else ():
+            together |= self._needs_in(self._slots[adapter_id])
+        room = Counter({name: pool.num_blocks for name, pool in self.pools.items()})
+        room.subtract(_sum(together.values()))
+        for one in needs.values():
+            wanted = _sum(one.values())
+            while slots < 1 or any(count > room[name] for name, count in wanted.items()):
                 if len(drained) == len(busy):
                     return drained
-                drained.add(busy[len(drained)])
+                victim = busy[len(drained)]
+                drained.add(victim)
+                slots += 1
+                room.update(_sum(self._needs_in(self._slots[victim]).values()))
+            slots -= 1
+            room.subtract(wanted)
         return drained
 
     def can_activate(self, adapter_id: int) -> bool:

@@ -1,9 +1,41 @@
-"""What adapters cost: counts, times and sizes."""
+"""What an operator sees of adapters: where they are, counts, times and sizes."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Any
+
+
+class AdapterState(enum.Enum):
+    """Where an adapter is."""
+
+    ON_DISK = "on disk"
+    LOADING = "loading"
+    ON_HOST = "on host"
+    ON_DEVICE = "on device"
+    IN_USE = "in use"
+    PINNED = "pinned"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """What an operator wants to know of one adapter.
+
+    requests: sequences that run with it. reason, retry_in: of a failed one, why, and in how many
+    seconds it is tried again (0: at the next request).
+    """
+
+    name: str
+    state: AdapterState
+    identity: str = ""
+    slot: int | None = None
+    rank: int = 0
+    host_bytes: int = 0
+    requests: int = 0
+    reason: str | None = None
+    retry_in: float | None = None
 
 
 @dataclass

@@ -7,7 +7,6 @@ engine, between steps.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import logging
 import time
@@ -21,43 +20,12 @@ from jlora.manager.loader import source
 from jlora.manager.loads import BackgroundLoads, LoadTimeout
 from jlora.manager.lora_model import LoRAModel
 from jlora.manager.mixture import Adapter
-from jlora.manager.stats import Counters, LoRAStats
+from jlora.manager.stats import AdapterState, AdapterStatus, Counters, LoRAStats
 from jlora.manager.worker_manager import AdapterVersion, LRUCacheWorkerLoRAManager
 from jlora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
 _WAIT = 0.05  # seconds between looks at the clock while somebody waits
-
-
-class AdapterState(enum.Enum):
-    """Where an adapter is."""
-
-    ON_DISK = "on disk"
-    LOADING = "loading"
-    ON_HOST = "on host"
-    ON_DEVICE = "on device"
-    IN_USE = "in use"
-    PINNED = "pinned"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class AdapterStatus:
-    """What an operator wants to know of one adapter.
-
-    requests: sequences that run with it. reason, retry_in: of a failed one, why, and in how many
-    seconds it is tried again (0: at the next request).
-    """
-
-    name: str
-    state: AdapterState
-    identity: str = ""
-    slot: int | None = None
-    rank: int = 0
-    host_bytes: int = 0
-    requests: int = 0
-    reason: str | None = None
-    retry_in: float | None = None
 
 
 @dataclass(eq=False)

@@ -410,3 +410,37 @@ def test_a_slot_map_forgets_what_a_slot_held():
     one.set(1, [4])
     assert one.get(1) == [4]
     assert one.blocks.tolist() == [[0, 0, 0], [4, 0, 0]]
+
+
+# -- making room for those that have waited ----------------------------------------------------
+
+
+def needs_of(one, *adapter_ids):
+    return {adapter_id: one.needs(zeros_model(adapter_id, rank=20)) for adapter_id in adapter_ids}
+
+
+def test_adapters_with_the_fewest_sequences_are_emptied_first():
+    one = manager(max_loras=3, max_cpu_loras=6)
+    for adapter_id, users in ((1, 3), (2, 1), (3, 2)):
+        one.add_adapter(zeros_model(adapter_id, rank=20))
+        for _ in range(users):
+            one.acquire(adapter_id)
+    assert one.to_drain({}) == set()
+    assert one.to_drain(needs_of(one, 4)) == {2}
+    assert one.to_drain(needs_of(one, 4, 5)) == {2, 3}
+    assert one.to_drain(needs_of(one, 4, 5, 6, 7)) == {1, 2, 3}
+    one.release(2)  # its slot can be had now
+    assert one.to_drain(needs_of(one, 4)) == set()
+
+
+def test_as_many_are_emptied_as_the_blocks_take_and_no_pinned_ones():
+    one = manager(max_loras=4, max_cpu_loras=6, lora_pool_blocks=4)
+    for adapter_id in (1, 2, 3):
+        one.add_adapter(zeros_model(adapter_id, rank=4))
+        one.acquire(adapter_id)
+    assert one.to_drain(needs_of(one, 5)) == {1}  # a slot and a block are free, two are needed
+    one.pin_adapter(1)
+    assert one.to_drain(needs_of(one, 5)) == {2}
+    one.pin_adapter(2)
+    one.pin_adapter(3)
+    assert one.to_drain(needs_of(one, 5)) == set()
