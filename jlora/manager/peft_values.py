@@ -42,8 +42,9 @@ def check_regex(shown: str, regex: str, key: str, adapter: str) -> None:
         cost = _cost(_parser.parse(regex))
         compiled(regex)
     except (re.error, OverflowError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise AdapterError(
-            f"{adapter}: {key} holds {shown[:200]!r}, which is not a regular expression: {error}"
+            f"{adapter}: {key} holds {shown[:200]!r}, which is not a regular expression: {why}"
         ) from error
     if cost > _MAX_COST:
         raise AdapterError(

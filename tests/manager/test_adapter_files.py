@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from jlora.errors import AdapterError
 from jlora.manager import LoRAModel, PEFTHelper
-from jlora.manager.peft import file_identity, read_config
+from jlora.manager.peft import file_fingerprint, read_config
 from jlora.manager.peft_config import other_base_model
 from jlora.manager.requirements import UNLIMITED
 from tests.manager.adapters import (
@@ -92,9 +92,9 @@ def test_of_both_files_the_safe_one_is_read(tmp_path):
     folder = write_adapter(tmp_path / "a")
     (folder / BIN).write_bytes(b"nonsense")
     assert load(folder).loras
-    before = file_identity(folder)
+    before = file_fingerprint(folder)
     (folder / BIN).write_bytes(b"other nonsense")
-    assert file_identity(folder) != before
+    assert file_fingerprint(folder) != before
 
 
 class Evil:
