@@ -158,6 +158,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 load.done = True
         for key, future, seconds in self._copies.collect():
             error = future.exception()
+            if key not in self._staged_for:
+                continue  # its adapter was removed meanwhile
             if error is None:
                 self.staged[str(key)] = future.result()
                 self.counters.copied(seconds)
@@ -422,6 +424,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._placing.discard(adapter_id)
         for copy in [copy for copy, one in self._staged_for.items() if one == adapter_id]:
             self.staged.pop(copy, None)
+            del self._staged_for[copy]
         for key in [key for key in self._loading if key[0] == adapter_id]:
             load, removed = self._loading.pop(key), True
             load.error = AdapterError(f"adapter {load.request.lora_name!r} has been removed")

@@ -244,6 +244,7 @@ class Walk:
         how = how or ("refuse", "drain", "abort")[int(self.rng.integers(3))]
         self.log.append(f"remove {index}: {how}")
         users = set(self.engine.requests_of(index + 1))  # not those of superseded versions
+        named = set(self.engine.requests_naming(index + 1))
         try:
             self.engine.remove_lora(index + 1, how)
         except AdapterInUseError:
@@ -251,7 +252,7 @@ class Walk:
                 raise
             return
         if how == "abort":
-            for name in users:
+            for name in named:
                 del self.asked[name]
         if how != "drain" or not users:
             assert index + 1 not in self.engine.list_loras()
