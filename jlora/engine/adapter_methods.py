@@ -91,7 +91,7 @@ class AdapterMethods:
             raise ValueError(f"when_in_use={when_in_use!r} must be refuse, drain or abort")
         manager, requests = self._manager(), self.requests_of(lora_id)
         if requests and when_in_use == "drain":
-            manager.let_go(lora_id)
+            manager.leaving.add(lora_id)
             return True
         if when_in_use == "abort":  # those with an older version, too
             self.abort_request(self.requests_naming(lora_id))
@@ -241,6 +241,6 @@ class AdapterMethods:
 
     def _remove_leaving(self) -> None:
         """Removes the adapters that were to go with their last request."""
-        for adapter_id in self.lora.leaving if self.lora is not None else ():
+        for adapter_id in list(self.lora.leaving) if self.lora is not None else ():
             if not self.requests_of(adapter_id):
                 self._forget(adapter_id)

@@ -188,9 +188,12 @@ class LoRAModelManager:
             count, held = count - 1, held - self._adapters[victim].nbytes
         return victims
 
-    def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
-        """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""
-        victims = self._host_victims(lora.nbytes, instead)
+    def require_host_room(self, nbytes: int = 0, instead: int | None = None) -> list[int]:
+        """The adapters that must leave for one of so many bytes; AdapterInUseError if none may.
+
+        instead: an adapter that leaves in any case.
+        """
+        victims = self._host_victims(nbytes, instead)
         if victims is None:
             budget = self.lora_config.max_cpu_lora_bytes
             if budget is None:
@@ -199,11 +202,15 @@ class LoRAModelManager:
                     "max_cpu_loras or remove one"
                 )
             raise AdapterInUseError(
-                f"no room on the host for the {lora.nbytes} bytes of adapter {lora.id}: "
+                f"no room on the host for an adapter ({nbytes} bytes): "
                 f"max_cpu_loras={self.capacity} and max_cpu_lora_bytes={budget} beside those that "
                 "are pinned or in use; raise them or remove one"
             )
-        for victim in victims:
+        return victims
+
+    def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
+        """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""
+        for victim in self.require_host_room(lora.nbytes, instead):
             self.remove_adapter(victim)
             self.host_evictions += 1
             logger.debug("evicted adapter %d from the host", victim)

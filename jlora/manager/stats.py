@@ -103,14 +103,6 @@ class Counters:
         else:
             self.activations += 1
 
-    def loaded(self, seconds: float) -> None:
-        """An adapter has been read."""
-        self.loads.add(seconds)
-
-    def copied(self, seconds: float) -> None:
-        """An adapter has been made ready for the device."""
-        self.copies.add(seconds)
-
     def waited(self, name: str, seconds: float) -> None:
         """A request for the adapter has started."""
         self.waits.setdefault(name, Durations()).add(seconds)

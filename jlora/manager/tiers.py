@@ -77,7 +77,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._loading: dict[tuple[int, bool], Load] = {}  # by id and load_inplace
         self._failures: dict[int, _Failure] = {}
         self._failed_copies: dict[str, Exception] = {}
-        self._leaving: set[int] = set()
+        self.leaving: set[int] = set()  # refuse new requests, and go with their last one
         self.staged: dict[str, Any] = {}
         self._staged_for: dict[str, int] = {}  # the adapters that asked for them
         self._placing: set[int] = set()
@@ -106,7 +106,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         adapters leave no room, or when it is being removed.
         """
         adapter_id = request.lora_int_id
-        if adapter_id in self._leaving:
+        if adapter_id in self.leaving:
             raise AdapterInUseError(
                 f"adapter {request.lora_name!r} is being removed, and requests still use it; wait, "
                 "or use another id"
@@ -162,7 +162,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 continue  # its adapter was removed meanwhile
             if error is None:
                 self.staged[str(key)] = future.result()
-                self.counters.copied(seconds)
+                self.counters.copies.add(seconds)
             else:
                 logger.error("could not copy adapter %s to the device: %s", key, error)
                 self._failed_copies[str(key)] = _as_exception(error)
@@ -173,7 +173,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             loaded = future.result()
             if loaded is not None:
                 lora, version = loaded
-                self.counters.loaded(seconds)
+                self.counters.loads.add(seconds)
                 self._require_room(request, version.needs)
                 self._require_bytes(request, lora.nbytes)
                 there = self.manager.get_adapter(adapter_id) is not None
@@ -277,7 +277,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         manager, wanted = self.manager, self._next_on_host(requests)
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
-        self._drop_copies({*wanted, *self._placing})
+        self._drop_copies(wanted.keys() | self._placing)
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
@@ -288,7 +288,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _drop_copies(self, wanted: set[int]) -> None:
         """Lets go of the copies that nobody waits for, as those of an older version."""
-        keep = self.manager.unwritten if self.staged else set()
+        if not self._staged_for:
+            return
+        keep = self.manager.unwritten
         for key in list(self.staged):
             adapter_id = self._staged_for[key]
             adapter = self.manager.get_adapter(adapter_id) if adapter_id in wanted else None
@@ -405,11 +407,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self.check(request)
         manager, adapter_id = self.manager, request.lora_int_id
         before = manager.get_adapter(adapter_id)
-        if before is None and not manager.has_host_room():
-            raise AdapterInUseError(
-                f"all {manager.capacity} adapters on the host are pinned or in use; raise "
-                "max_cpu_loras or remove one"
-            )
+        if before is None:
+            manager.require_host_room()
         manager.touch(adapter_id)
         if before is None or request.load_inplace:
             self._fetch_and_wait([request])
@@ -420,7 +419,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets an adapter, what its id stood for and a load that is under way."""
         removed = super().remove_adapter(adapter_id)
-        self._leaving.discard(adapter_id)
+        self.leaving.discard(adapter_id)
         self._placing.discard(adapter_id)
         for copy in [copy for copy, one in self._staged_for.items() if one == adapter_id]:
             self.staged.pop(copy, None)
@@ -440,15 +439,6 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Of the version that was read last."""
         version = self._versions.get(adapter_id)
         return None if version is None else version.identity
-
-    def let_go(self, adapter_id: int) -> None:
-        """Refuses new requests for an adapter that is to be removed when the last has ended."""
-        self._leaving.add(adapter_id)
-
-    @property
-    def leaving(self) -> set[int]:
-        """The adapters that are to be removed when their last request has ended."""
-        return set(self._leaving)
 
     # -- what there is -----------------------------------------------------------------------
 

@@ -674,13 +674,7 @@ def test_abort_after_another_call_has_found_a_new_version(engine, files, tmp_pat
     assert set(engine.lora_statuses()) == {1}  # the old version went with its request
 
 
-def test_a_step_that_fails_beside_a_superseded_version(engine, files, tmp_path, monkeypatch):
-    put(files.contents[0][0], tmp_path / "a")
-    begin(engine, "a", lora_of(tmp_path / "a"))
-    begin(engine, "base")
-    put(files.contents[0][1], tmp_path / "a")
-    engine.add_lora(lora_of(tmp_path / "a", load_inplace=True))
-
+def step_that_fails(engine, monkeypatch):
     def dispatch(*_):
         raise ValueError(BROKEN_STEP)
 
@@ -688,6 +682,16 @@ def test_a_step_that_fails_beside_a_superseded_version(engine, files, tmp_path, 
         patch.setattr(engine.runner, "dispatch", dispatch)
         with pytest.raises(ValueError, match=BROKEN_STEP):
             engine.step()
+
+
+def test_a_step_that_fails_beside_a_superseded_version(engine, files, tmp_path, monkeypatch):
+    put(files.contents[0][0], tmp_path / "a")
+    begin(engine, "a", lora_of(tmp_path / "a"))
+    begin(engine, "base")
+    put(files.contents[0][1], tmp_path / "a")
+    engine.add_lora(lora_of(tmp_path / "a", load_inplace=True))
+
+    step_that_fails(engine, monkeypatch)
     outputs = drain(engine)
     assert all(BROKEN_STEP in outputs[name].outputs[0].stop_reason for name in ("a", "base"))
     assert list(engine.lora.manager.list_adapters()) == [1]
@@ -701,13 +705,7 @@ def test_what_a_step_that_fails_had_to_say_is_said_by_the_next(engine, tmp_path,
     with pytest.raises(AdapterError):
         under_way(engine, (1, False)).result(PATIENCE)
 
-    def dispatch(*_):
-        raise ValueError(BROKEN_STEP)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "dispatch", dispatch)
-        with pytest.raises(ValueError, match=BROKEN_STEP):
-            engine.step()
+    step_that_fails(engine, monkeypatch)
     outputs = drain(engine)
     assert BROKEN_STEP in outputs["base"].outputs[0].stop_reason
     assert "is not a folder" in outputs["a"].outputs[0].stop_reason

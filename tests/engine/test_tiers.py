@@ -125,7 +125,7 @@ def clean(llm) -> None:
     engine, lora = llm.llm_engine, llm.llm_engine.lora
     config, manager = lora.lora_config, lora.manager
     lora._loads = BackgroundLoads(config.max_lora_loads, config.lora_load_timeout)
-    for left in (lora._loading, lora._failures, lora._versions, lora._leaving):
+    for left in (lora._loading, lora._failures, lora._versions, lora.leaving):
         left.clear()
     for name in list(engine._arrivals._waiting):
         engine._arrivals.drop(name)
