@@ -24,6 +24,7 @@ from jlora.manager.blocks import (
     row_blocks,
 )
 from jlora.manager.features import FeatureWrite, feature_writes, full_row, is_full, no_features
+from jlora.manager.host import HostTier
 from jlora.manager.lora_model import LoRAModel
 from jlora.manager.mixture import Adapter
 from jlora.projections import ModuleMap
@@ -51,7 +52,8 @@ class LoRAModelManager:
     def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
         """Starts empty: no adapter, all slots and blocks free."""
         self.modules, self.lora_config = modules, lora_config
-        self._adapters: OrderedDict[int, Adapter] = OrderedDict()
+        self._host = HostTier(lora_config.host_capacity, lora_config.max_cpu_lora_bytes)
+        self._adapters = self._host.adapters
         self._slots: OrderedDict[int, int] = OrderedDict()  # adapter -> slot, by last use
         self._listed: dict[int, Adapter] = {}  # slot -> the adapter in it
         self._resident: dict[str, _Resident] = {}  # by LoRAModel.key
@@ -147,9 +149,6 @@ class LoRAModelManager:
         """From its slot."""
         return adapter_id not in self._users and adapter_id not in self._pinned
 
-    def _leaves_host(self, adapter_id: int) -> bool:
-        return self._evictable(adapter_id) and adapter_id not in self._bound
-
     def touch(self, adapter_id: int) -> None:
         """Makes the adapter the most recently used one."""
         if adapter_id in self._adapters:
@@ -162,55 +161,19 @@ class LoRAModelManager:
     @property
     def host_bytes(self) -> int:
         """Of all tensors on the host."""
-        return sum(adapter.nbytes for adapter in self._adapters.values())
+        return self._host.nbytes
 
     def has_host_room(self, nbytes: int = 0) -> bool:
         """Whether one more adapter of so many bytes can be added, by eviction if need be."""
-        return self._host_victims(nbytes) is not None
+        return self._host.victims(nbytes, self.kept) is not None
 
-    def _host_victims(self, nbytes: int, instead: int | None = None) -> list[int] | None:
-        """The least recently used adapters that must leave the host; None if it cannot be.
-
-        instead: an adapter that leaves in any case.
-        """
-        budget, count, held = self.lora_config.max_cpu_lora_bytes, len(self._adapters) + 1, 0
-        if budget is not None:
-            held = self.host_bytes + nbytes
-        if instead is not None:
-            count, held = count - 1, held - self._adapters[instead].nbytes
-        victims: list[int] = []
-        leaving = (one for one in self._adapters if one != instead and self._leaves_host(one))
-        while count > self.capacity or (budget is not None and held > budget):
-            victim = next(leaving, None)
-            if victim is None:
-                return None
-            victims.append(victim)
-            count, held = count - 1, held - self._adapters[victim].nbytes
-        return victims
-
-    def require_host_room(self, nbytes: int = 0, instead: int | None = None) -> list[int]:
-        """The adapters that must leave for one of so many bytes; AdapterInUseError if none may.
-
-        instead: an adapter that leaves in any case.
-        """
-        victims = self._host_victims(nbytes, instead)
-        if victims is None:
-            budget = self.lora_config.max_cpu_lora_bytes
-            if budget is None:
-                raise AdapterInUseError(
-                    f"all {self.capacity} adapters on the host are pinned or in use; raise "
-                    "max_cpu_loras or remove one"
-                )
-            raise AdapterInUseError(
-                f"no room on the host for an adapter ({nbytes} bytes): "
-                f"max_cpu_loras={self.capacity} and max_cpu_lora_bytes={budget} beside those that "
-                "are pinned or in use; raise them or remove one"
-            )
-        return victims
+    def require_host_room(self) -> None:
+        """Raises AdapterInUseError when not even a small adapter could be added."""
+        self._host.require_room(0, self.kept)
 
     def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
         """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""
-        for victim in self.require_host_room(lora.nbytes, instead):
+        for victim in self._host.require_room(lora.nbytes, self.kept, instead):
             self.remove_adapter(victim)
             self.host_evictions += 1
             logger.debug("evicted adapter %d from the host", victim)
@@ -309,10 +272,6 @@ class LoRAModelManager:
 
     # -- device ---------------------------------------------------------------------------
 
-    def has_slot_room(self) -> bool:
-        """Whether a slot is free or can be made so."""
-        return bool(self._free_slots) or any(map(self._evictable, self._slots))
-
     def needs(self, adapter: Adapter) -> Needs:
         """What an adapter takes on the device."""
         return {lora.key: self._needs_of(lora) for lora, _ in adapter.components}
@@ -387,11 +346,7 @@ class LoRAModelManager:
         if adapter_id in self._slots:
             return True
         adapter = self._adapters.get(adapter_id)
-        return adapter is not None and self.can_place(self.needs(adapter))
-
-    def can_place(self, needs: Needs) -> bool:
-        """Whether an adapter that is not active and takes these blocks could be so now."""
-        return self._victims(needs) is not None
+        return adapter is not None and self._victims(self.needs(adapter)) is not None
 
     def _victims(self, needs: Needs) -> list[int] | None:
         """The least recently used adapters that must leave their slots; None if it cannot be."""
