@@ -93,7 +93,6 @@ class Counters:
     activations: int = 0
     failures: int = 0
     loads: Durations = field(default_factory=Durations)
-    copies: Durations = field(default_factory=Durations)
     waits: dict[str, Durations] = field(default_factory=dict)
 
     def started(self, resident: bool) -> None:
@@ -107,8 +106,8 @@ class Counters:
         """A request for the adapter has started."""
         self.waits.setdefault(name, Durations()).add(seconds)
 
-    def snapshot(self, **now: Any) -> LoRAStats:
-        """The counts, copied, and what is where now."""
+    def snapshot(self, copies: Durations, **now: Any) -> LoRAStats:
+        """The counts, copied, and what is where now. copies: how long they took."""
 
         def copy(one: Durations) -> Durations:
             return Durations(one.count, one.total, one.longest)
@@ -118,7 +117,7 @@ class Counters:
             activations=self.activations,
             failures=self.failures,
             loads=copy(self.loads),
-            copies=copy(self.copies),
+            copies=copy(copies),
             waits={name: copy(one) for name, one in self.waits.items()},
             **now,
         )

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jlora.errors import AdapterError, AdapterInUseError
+from jlora.manager.copies import Copies, as_exception
 from jlora.manager.loader import source
 from jlora.manager.loads import BackgroundLoads, LoadTimeout
 from jlora.manager.lora_model import LoRAModel
-from jlora.manager.mixture import Adapter
 from jlora.manager.stats import AdapterState, AdapterStatus, Counters, LoRAStats
 from jlora.manager.worker_manager import AdapterVersion, LRUCacheWorkerLoRAManager
 from jlora.request import LoRARequest
@@ -71,17 +71,21 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """
         super().__init__(*arguments, **options)
         config = self.lora_config
-        self._stage, self._prepare = stage, prepare
+        self._prepare = prepare
         self._loads = BackgroundLoads(config.max_lora_loads, config.lora_load_timeout)
-        self._copies = BackgroundLoads(config.max_staged_loras, config.lora_load_timeout)
+        self._copies = Copies(
+            self.manager, stage, config.max_staged_loras, config.lora_load_timeout
+        )
         self._loading: dict[tuple[int, bool], Load] = {}  # by id and load_inplace
         self._failures: dict[int, _Failure] = {}
-        self._failed_copies: dict[str, Exception] = {}
         self.leaving: set[int] = set()  # refuse new requests, and go with their last one
-        self.staged: dict[str, Any] = {}
-        self._staged_for: dict[str, int] = {}  # the adapters that asked for them
         self._placing: set[int] = set()
         self.counters = Counters()
+
+    @property
+    def staged(self) -> dict[str, Any]:
+        """What `stage` has made and nobody has written yet, by LoRAModel.key."""
+        return self._copies.staged
 
     # -- loading ---------------------------------------------------------------------------
 
@@ -156,16 +160,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 del self._loading[load.adapter_id, load.request.load_inplace]
                 load.error = self._take(load.request, future, seconds)
                 load.done = True
-        for key, future, seconds in self._copies.collect():
-            error = future.exception()
-            if key not in self._staged_for:
-                continue  # its adapter was removed meanwhile
-            if error is None:
-                self.staged[str(key)] = future.result()
-                self.counters.copies.add(seconds)
-            else:
-                logger.error("could not copy adapter %s to the device: %s", key, error)
-                self._failed_copies[str(key)] = _as_exception(error)
+        self._copies.take_over()
 
     def _take(self, request: LoRARequest, future: Future, seconds: float) -> Exception | None:
         adapter_id, name = request.lora_int_id, request.lora_name
@@ -194,7 +189,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 ),
             )
         except BaseException as error:  # of any kind: only its requests are hurt
-            return self._fail(adapter_id, name, _as_exception(error))
+            return self._fail(adapter_id, name, as_exception(error))
         return None
 
     def _fail(self, adapter_id: int, name: str, error: Exception) -> Exception:
@@ -277,27 +272,14 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         manager, wanted = self.manager, self._next_on_host(requests)
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
-        self._drop_copies(wanted.keys() | self._placing)
+        self._copies.drop_all_but(wanted.keys() | self._placing)
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
                 if adapter_id > 0 and adapter_id not in self._failures:
                     self.fetch(self._as_last_read(request))
             elif manager.slot_of(adapter_id) is None:
-                self._copy(adapter_id, adapter)
-
-    def _drop_copies(self, wanted: set[int]) -> None:
-        """Lets go of the copies that nobody waits for, as those of an older version."""
-        if not self._staged_for:
-            return
-        keep = self.manager.unwritten
-        for key in list(self.staged):
-            adapter_id = self._staged_for[key]
-            adapter = self.manager.get_adapter(adapter_id) if adapter_id in wanted else None
-            if key not in keep | {lora.key for lora, _ in (adapter.components if adapter else ())}:
-                del self.staged[key]
-        under_way = {*self.staged, *self._copies.keys()}
-        self._staged_for = {key: one for key, one in self._staged_for.items() if key in under_way}
+                self._copies.copy(adapter_id, adapter)
 
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
         """The adapters of waiting requests that the host can keep beside those it must."""
@@ -323,37 +305,6 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         current = request if version is None or version.request is None else version.request
         return dataclasses.replace(current, load_inplace=False) if current.load_inplace else current
 
-    def _missing(self, adapter: Adapter) -> list[LoRAModel]:
-        """What must be copied before an adapter can be written to the device."""
-        if self._stage is None:
-            return []
-        return [
-            lora
-            for lora, _ in adapter.components
-            if lora.key not in self.staged and not self.manager.is_resident(lora.key)
-        ]
-
-    def _copy(self, adapter_id: int, adapter: Adapter, at_once: bool = False) -> None:
-        """Starts to copy an adapter. at_once: even if as many are on their way as may be."""
-        own = {lora.key for lora, _ in adapter.components}
-        under_way = {*self.staged, *map(str, self._copies.keys())}
-        ahead = len(under_way - own)
-        new = [lora for lora in self._missing(adapter) if lora.key not in self._copies]
-        room = ahead == 0 or ahead + len(new) <= self.lora_config.max_staged_loras
-        stage = self._stage
-        for lora in new if at_once or room else ():
-            if stage is not None and lora.key not in self._failed_copies:  # to be said first
-                self._staged_for[lora.key] = adapter_id
-                self._copies.start(lora.key, functools.partial(stage, lora))
-
-    def _is_copied(self, adapter: Adapter) -> bool:
-        """Whether an adapter can be written to the device. Raises what was wrong with its copy."""
-        missing = self._missing(adapter)
-        for lora in missing:
-            if lora.key in self._failed_copies:
-                raise self._failed_copies.pop(lora.key)
-        return not missing
-
     def acquire(self, request: LoRARequest, adapter_id: int) -> int | None:
         """A slot for a sequence that starts to run, or None when it must wait.
 
@@ -368,7 +319,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 if adapter_id in self._failures:
                     raise self._failures[adapter_id].error
                 return None
-            if not self._is_copied(adapter):  # looked at first: it is quick, and most are not
+            if not self._copies.are_there(adapter):  # first, as it is quick
                 return None
             if adapter_id > 0:
                 self._require_room(request, self._versions[adapter_id].needs)
@@ -393,9 +344,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._placing.discard(adapter_id)
         if adapter is None or not manager.can_activate(adapter_id):
             return True
-        if manager.slot_of(adapter_id) is None and not self._is_copied(adapter):
+        if manager.slot_of(adapter_id) is None and not self._copies.are_there(adapter):
             self._placing.add(adapter_id)
-            self._copy(adapter_id, adapter, at_once=True)
+            self._copies.copy(adapter_id, adapter, at_once=True)
             return False
         manager.activate_adapter(adapter_id)
         return True
@@ -421,9 +372,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         removed = super().remove_adapter(adapter_id)
         self.leaving.discard(adapter_id)
         self._placing.discard(adapter_id)
-        for copy in [copy for copy, one in self._staged_for.items() if one == adapter_id]:
-            self.staged.pop(copy, None)
-            del self._staged_for[copy]
+        self._copies.forget(adapter_id)
         for key in [key for key in self._loading if key[0] == adapter_id]:
             load, removed = self._loading.pop(key), True
             load.error = AdapterError(f"adapter {load.request.lora_name!r} has been removed")
@@ -488,6 +437,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         manager = self.manager
         return self.counters.snapshot(
             loading=len(self._loads),
+            copies=self._copies.durations,
             staged=len(self.staged) + len(self._copies),
             on_host=len(manager.list_adapters()),
             on_device=manager.lora_slots - len(manager.free_slots),
@@ -497,7 +447,3 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             free_slots=len(manager.free_slots),
             free_blocks={name: pool.num_free for name, pool in manager.pools.items()},
         )
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else RuntimeError(repr(error))

@@ -106,7 +106,7 @@ class Walk:
             put(self.contents[index][0], path)
         lora = self.engine.lora
         lora._loader.load = self._slowed(lora._loader.load)
-        lora._stage = self._slowed(lora._stage)
+        lora._copies.stage = self._slowed(lora._copies.stage)
         for jobs in (lora._loads, lora._copies):
             jobs.wait = self._ending(jobs.wait)
         self.prefixes = [self.tokens(12) for _ in range(3)]
@@ -400,7 +400,7 @@ def assert_nothing_is_left(engine: LLMEngine) -> None:
     assert not manager._writes and not manager.pinned
     left = {
         name: value
-        for name, value in vars(lora).items()
+        for name, value in {**vars(lora), **vars(lora._copies)}.items()
         if isinstance(value, (dict, set, list)) and value
     }
     assert left == {}
@@ -719,7 +719,7 @@ def test_a_copy_that_fails_hurts_its_requests_only(engine, files, monkeypatch):
     def stage(_):
         raise MemoryError("no room on the device")
 
-    monkeypatch.setattr(engine.lora, "_stage", stage)
+    monkeypatch.setattr(engine.lora._copies, "stage", stage)
     ask(engine, "a", lora_of(files.contents[0][0]))
     outputs = drain(engine)
     assert "no room on the device" in outputs["a"].outputs[0].stop_reason
@@ -791,13 +791,13 @@ def test_a_reload_that_fails_leaves_the_old_version_in_service(engine, files, tm
 
 def test_placing_beside_requests_that_wait(engine, files):
     """A copy that nobody who waits has asked for is still there when it is asked for again."""
-    copies, real = [], engine.lora._stage
+    copies, real = [], engine.lora._copies.stage
 
     def stage(lora):
         copies.append(lora)
         return real(lora)
 
-    engine.lora._stage = stage
+    engine.lora._copies.stage = stage
     for index in range(12):
         ask(engine, str(index), count=60)
     engine.step()
@@ -814,7 +814,7 @@ def test_placing_beside_requests_that_wait(engine, files):
 
 def test_copies_of_what_was_removed_do_not_stay_on_the_device(engine, files, monkeypatch):
     begin(engine, "base")
-    gate = Gate(monkeypatch, engine.lora, "_stage")
+    gate = Gate(monkeypatch, engine.lora._copies, "stage")
     ask(engine, "a", lora_of(files.contents[0][0]))
     while not gate.reached.is_set():
         engine.step()
