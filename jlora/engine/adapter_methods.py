@@ -210,13 +210,27 @@ class AdapterMethods:
     def load_loras(self, requests: Iterable[LoRARequest]) -> None:
         """Reads the adapters of requests that are to come, several at a time, and waits for them.
 
-        Raises what is wrong with the first that cannot be served.
+        While nobody runs they are given slots, too, as far as there are any: if all have one, which
+        requests share a step does not depend on how long a copy takes. Raises what is wrong with
+        the first that cannot be served.
         """
-        first = {one.lora_int_id: one for one in reversed(list(requests))}
+        first: dict[int, LoRARequest] = {}
+        for one in requests:
+            first.setdefault(one.lora_int_id, one)
         for one in first.values():
             self._lora_of(one).check(one)
-        if first:
-            self._manager().load_now(first.values())
+        if not first:
+            return
+        manager = self._manager()
+        manager.load_now(first.values())
+        config = manager.lora_config
+        missing = [] if self._requests else [*first][: config.max_loras]
+        while missing:
+            ahead = missing[: config.max_staged_loras]
+            waiting = [one for one in ahead if not self.place_lora(one)]
+            missing = waiting + missing[len(ahead) :]
+            if waiting:
+                manager.wait(IDLE_SECONDS)
 
     def _take_arrivals(self, changed: dict[str, RequestState]) -> None:
         """Queues the requests whose adapters have been read; ends those whose could not be."""

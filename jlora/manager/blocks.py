@@ -163,8 +163,10 @@ def _place(matrix: np.ndarray, into: np.ndarray) -> None:
     """The matrix at the beginning, zeros after it."""
     rows, columns = matrix.shape
     into[:rows, :columns] = matrix
-    into[rows:] = 0
-    into[:rows, columns:] = 0
+    if rows < into.shape[0]:
+        into[rows:] = 0
+    if columns < into.shape[1]:
+        into[:rows, columns:] = 0
 
 
 def staging_dtype(layers: list[LoRALayerWeights]) -> np.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -9,6 +10,11 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+# Seconds after which Python lets another thread run. A load comes back from hundreds of numpy calls
+# that let others run, and with Python's own 5 ms it waits so long each time: 2.2 s for 84 MB beside
+# a thread that never waits, 0.2 s with this.
+_SWITCH_INTERVAL = 1e-4
 
 
 class LoadTimeout(Exception):
@@ -32,7 +38,8 @@ class BackgroundLoads:
     """
 
     def __init__(self, limit: int, timeout: float) -> None:
-        """Starts no thread before there is work."""
+        """Starts no thread before there is work. Shortens this process's switch interval."""
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         self.limit, self.timeout = limit, timeout
         self._jobs: dict[Hashable, _Job] = {}
         self._queue: deque[_Job] = deque()

@@ -23,6 +23,7 @@ from jlora.projections import ModuleMap
 __all__ = ["LoRALayerWeights", "LoRAModel", "PackedLoRALayerWeights", "VocabRows"]
 
 BaseWeight = Callable[[str], np.ndarray]
+_HASHING = 4  # threads
 _READS = 3  # of files that somebody writes at the same time
 
 
@@ -133,14 +134,13 @@ class LoRAModel:
         for _ in range(_READS):
             fingerprint = file_fingerprint(folder)
             identity = known[1] if known is not None and known[0] == fingerprint else ""
-            # Beside the reading: hashing takes about as long, and both let other threads run.
-            with ThreadPoolExecutor(1) as executor:
-                hashed = None if identity else executor.submit(folder_hash, folder)
+            with ThreadPoolExecutor(_HASHING) as executor:  # beside the reading
+                hashed = None if identity else folder_hash(folder, executor)
                 with open_adapter(folder, name) as (helper, tensors):
                     source = Source(name, helper, modules, lora_config, base_weight)
                     lora = cls._from_source(lora_model_id, source, tensors, "")
             if file_fingerprint(folder) == fingerprint:
-                lora.identity = identity if hashed is None else hashed.result()
+                lora.identity = identity if hashed is None else hashed()
                 lora.fingerprint = fingerprint
                 return lora
         raise AdapterError(f"{name}: the files in {folder} change while they are read")

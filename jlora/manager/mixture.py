@@ -10,7 +10,8 @@ import numpy as np
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
 from jlora.manager.lora_model import LoRALayerWeights, LoRAModel
-from jlora.manager.tensors import largest, largest_held
+from jlora.manager.magnitude import largest
+from jlora.manager.tensors import largest_held
 
 
 @dataclass(frozen=True)

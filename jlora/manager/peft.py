@@ -12,17 +12,19 @@ import importlib.util
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from jlora.errors import AdapterError
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.peft_values import CONFIG_NAME
+from jlora.manager.safetensors_file import DTYPES, SafetensorsFile
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -37,13 +39,8 @@ HUB_FILES = (
     "chat_template*",
 )
 _LARGEST_CONFIG = 1 << 25
+_PIECE = 1 << 25  # bytes that are hashed by one thread
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 class TensorLike(Protocol):
@@ -61,23 +58,12 @@ class TensorLike(Protocol):
         """An array of these rows; all of it for `...`."""
 
 
-class _SafeTensor:
-    def __init__(self, file: Any, name: str) -> None:
-        self._file, self._name = file, name
-        self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-        self.dtype = _DTYPES.get(self._slice.get_dtype(), self._slice.get_dtype())
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return self._file.get_tensor(self._name) if rows is ... else self._slice[rows]
-
-
 class _TorchTensor:
     def __init__(self, tensor: Any) -> None:
         self._tensor = tensor
         self.shape = tuple(tensor.shape)
         name = str(tensor.dtype).removeprefix("torch.")
-        self.dtype = {str(dtype): dtype for dtype in _DTYPES.values()}.get(name, name)
+        self.dtype = {str(dtype): dtype for dtype in DTYPES.values()}.get(name, name)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         tensor = self._tensor[rows].detach().contiguous()
@@ -139,17 +125,15 @@ def open_adapter(
     if safe.is_file() or not pickled.is_file():
         if not safe.is_file():
             raise AdapterError(f"{adapter}: {folder} has no {WEIGHTS_NAME}")
-        file, tensors = _open_safetensors(safe, adapter)
-        with file:
+        with _open_safetensors(safe, adapter) as tensors:
             yield helper, tensors
     else:
         yield helper, _read_pickle(pickled, adapter)
 
 
-def _open_safetensors(path: Path, adapter: str) -> tuple[Any, Mapping[str, TensorLike]]:
+def _open_safetensors(path: Path, adapter: str) -> SafetensorsFile:
     try:
-        file = safe_open(path, "numpy")
-        return file, {name: _SafeTensor(file, name) for name in file.keys()}  # noqa: SIM118
+        return SafetensorsFile(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{adapter}: {path} is not a readable safetensors file: {_line(error)}"
@@ -202,18 +186,38 @@ def file_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_hash(folder: Path) -> str:
-    """Names an adapter by what its files hold, wherever they are and whenever they were written."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+def folder_hash(folder: Path, executor: Executor) -> Callable[[], str]:
+    """Names an adapter by what its files hold, wherever they are and whenever they were written.
+
+    Starts to hash pieces of them in the executor; the name is what the result returns.
+    """
+    digest, pieces = hashlib.sha256(), []
     for name in _FILES:
+        path = folder / name
         try:
-            with (folder / name).open("rb", buffering=0) as file:
-                digest.update(f"{name}:{os.fstat(file.fileno()).st_size}:".encode())
-                while count := file.readinto(buffer):
-                    digest.update(memoryview(buffer)[:count])
+            size = path.stat().st_size
         except OSError:
-            digest.update(f"{name}:absent".encode())
-    return f"files:{digest.hexdigest()}"
+            digest.update(f"{name}:absent:".encode())
+            continue
+        digest.update(f"{name}:{size}:".encode())
+        pieces += [executor.submit(_hash_piece, path, at) for at in range(0, size, _PIECE)]
+
+    def name_of() -> str:
+        for piece in pieces:
+            digest.update(piece.result())
+        return f"files:{digest.hexdigest()}"
+
+    return name_of
+
+
+def _hash_piece(path: Path, start: int) -> bytes:
+    digest, buffer, left = hashlib.sha256(), bytearray(1 << 20), _PIECE
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(memoryview(buffer)[:left])):
+            digest.update(memoryview(buffer)[:count])
+            left -= count
+    return digest.digest()
 
 
 def as_array(value: Any, key: str, adapter: str) -> np.ndarray:

@@ -13,8 +13,10 @@ import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
+from jlora.manager.magnitude import largest
 from jlora.manager.peft import TensorLike
 from jlora.manager.peft_config import PEFTHelper
+from jlora.manager.safetensors_file import FileTensor
 from jlora.projections import ModuleMap
 
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
@@ -131,7 +133,12 @@ class Source:
 
     def narrowed(self, tensor: Tensor, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
         """Rows of a tensor that have been read, checked as `read` does."""
-        found, limit = largest(array), largest_held(self.config)
+        limit, bound = largest_held(self.config), None
+        if isinstance(tensor.data, FileTensor):  # so that most files are looked through once
+            bound = tensor.data.bound
+        found = (
+            bound if bound is not None and max(bound, bound * scale) <= limit else largest(array)
+        )
         # `not <=`, so that NaN does not pass.
         if not self.config.allow_nonfinite_loras and not max(found, found * scale) <= limit:
             self.fail(
@@ -160,17 +167,3 @@ def largest_held(config: LoRAConfig) -> float:
 def _largest_of(dtype: str) -> float:
     kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype, np.float32)
     return float(ml_dtypes.finfo(kind).max)
-
-
-def largest(tensor: np.ndarray) -> float:
-    """The largest magnitude; NaN or infinity when there is one."""
-    if tensor.size == 0:
-        return 0.0
-    if tensor.dtype == np.float64:
-        return float(np.abs(tensor).max())
-    # As integers the numbers of one sign are ordered by magnitude: the largest signed one is the
-    # largest positive number, the largest unsigned one the most negative, if there is any.
-    size = tensor.dtype.itemsize
-    positive, negative = (tensor.view(f"{kind}{size}").max() for kind in "iu")
-    bits = max(int(positive), int(negative) & ((1 << (8 * size - 1)) - 1))
-    return float(np.array(bits, f"u{size}").reshape(1).view(tensor.dtype)[0])

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jlora.errors import AdapterError
-from jlora.manager import LoRAModel, PEFTHelper
+from jlora.manager import LoRAModel, PEFTHelper, safetensors_file
 from jlora.manager.peft import file_fingerprint, read_config
 from jlora.manager.peft_config import other_base_model
 from jlora.manager.requirements import UNLIMITED
@@ -308,6 +308,62 @@ def test_what_does_not_fit_is_not_read(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**22
+
+
+@pytest.mark.parametrize("large", [1, 300, 1 << 26], ids=["all large", "some large", "none large"])
+@pytest.mark.parametrize("dtypes", ["f4", "f4 f2", "bf f8 f4"])
+def test_tensors_that_are_read_together_are_those_of_the_library(
+    tmp_path, monkeypatch, large, dtypes
+):
+    """Read apart, together, or partly so; of one dtype, or of some that move others off theirs."""
+    monkeypatch.setattr(safetensors_file, "_LARGE", large)
+    kinds = [ml_dtypes.bfloat16 if one == "bf" else np.dtype(one) for one in dtypes.split()]
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"t{i}": rng.standard_normal((i % 7 + 1, 2 * i + 1)).astype(kinds[i % len(kinds)])
+        for i in range(20)
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    with safetensors_file.SafetensorsFile(tmp_path / "x.safetensors") as file:
+        assert set(file) == set(tensors)
+        for name, expected in tensors.items():
+            assert file[name].shape == expected.shape and file[name].dtype == expected.dtype
+            np.testing.assert_array_equal(file[name][...], expected)
+            np.testing.assert_array_equal(file[name][1:], expected[1:])
+            if file[name].bound is not None:
+                together = [one for one in file.values() if one.bound is not None]
+                assert len(kinds) == 1
+                assert file[name].bound == max(np.abs(one[...]).max() for one in together)
+
+
+def test_a_number_that_is_not_finite_is_found_in_its_tensor(tmp_path):
+    """Though all tensors of the file are looked through at once."""
+    tensors = make_tensors(("q_proj", "v_proj"))
+    name = [name for name in tensors if "lora_B" in name][-1]
+    for value in (np.nan, np.inf, -np.inf):
+        bad = {key: array.copy() for key, array in tensors.items()}
+        bad[name][-1, -1] = value
+        folder = write_adapter(
+            tmp_path / str(value), bad, target_modules=["q_proj", "v_proj"], r=rank_of(tensors)
+        )
+        with pytest.raises(AdapterError, match=name):
+            load(folder)
+        load(folder, allow_nonfinite_loras=True)
+
+
+def test_a_file_that_ends_early_is_refused(tmp_path, monkeypatch):
+    """It was whole when its header was read."""
+    folder = write_adapter(tmp_path / "a")
+    real = safetensors_file.SafetensorsFile._share
+
+    def shorten(self, *arguments):
+        real(self, *arguments)
+        with (folder / WEIGHTS).open("r+b") as file:
+            file.truncate((folder / WEIGHTS).stat().st_size - 8)
+
+    monkeypatch.setattr(safetensors_file.SafetensorsFile, "_share", shorten)
+    with pytest.raises(AdapterError, match="ends before"):
+        load(folder)
 
 
 def test_a_hundred_thousand_tensors(tmp_path):
