@@ -52,6 +52,21 @@ class Tally:
     failed: int = 0
 
 
+def adapters_moved(before: Any, after: Any) -> dict[str, Any]:
+    """How many adapters were read and copied between two LoRAStats, a second and how long each."""
+
+    def mean_ms(one: Any, other: Any) -> float:
+        return round((other.total - one.total) / max(other.count - one.count, 1) * 1e3, 1)
+
+    return {
+        "loads": after.loads.count - before.loads.count,
+        "load_ms": mean_ms(before.loads, after.loads),
+        "copies": after.copies.count - before.copies.count,
+        "copy_ms": mean_ms(before.copies, after.copies),
+        "hits": after.hits - before.hits,
+    }
+
+
 class Clients:
     """Adds requests and steps the engine, with an eye on the clock."""
 
@@ -106,6 +121,7 @@ class Clients:
         another length, so that requests do not end and start all at once.
         """
         self.tally, warm, start = Tally(), False, 0.0
+        before_it = self.engine.lora_stats()
         lengths = iter(self._rng.integers(1, shape[1], at_once, endpoint=True).tolist())
         with tqdm(total=at_once + count, desc=what, leave=False) as bar:
             while not warm or self.tally.ended < count:
@@ -116,9 +132,9 @@ class Clients:
                 bar.update(self.tally.ended - before)
                 if not warm and self.tally.ended >= at_once:
                     self.tally, warm, start = Tally(), True, time.perf_counter()
+                    before_it = self.engine.lora_stats()
         seconds, tally = time.perf_counter() - start, self.tally
-        self.stop()
-        return {
+        figures = {
             "out_tok_s": round(tally.tokens / seconds, 1),
             "requests_s": round(tally.ended / seconds, 2),
             "first_token_ms": spread([*tally.first.values()], 1),
@@ -127,7 +143,10 @@ class Clients:
             "steps": len(tally.steps),
             "failed": tally.failed,
             "s": round(seconds, 2),
+            **adapters_moved(before_it, self.engine.lora_stats()),
         }
+        self.stop()
+        return figures
 
     def touch(self, loras: list[Any], what: str) -> None:
         """One token from each, one after the other: the last ones have the slots."""
@@ -173,6 +192,7 @@ class Bench:
             **{name: getattr(args, name) for name in ("shape", "adapters", "ranks", "zipf")},
             "max_loras": self.slots,
             "max_cpu_loras": args.max_cpu_loras,
+            "max_lora_loads": args.max_lora_loads,
             "pool_blocks": pool,
             "device": jax.devices()[0].device_kind,
         }
@@ -195,6 +215,7 @@ class Bench:
                 enable_lora=True,
                 max_loras=self.slots,
                 max_cpu_loras=max(args.max_cpu_loras, self.slots),
+                max_lora_loads=args.max_lora_loads,
                 max_lora_rank=max(*args.ranks, LOAD_RANK if spare else 1),
                 lora_pool_blocks=args.pool_blocks,
                 lora_expert_blocks=pool * (modules.config.num_experts > 0),
@@ -323,6 +344,7 @@ def arguments() -> argparse.Namespace:
         "--max-loras", type=int, nargs="+", help="slots (default: 128; cliff alone 8; simulate 5)"
     )
     parser.add_argument("--max-cpu-loras", type=int, default=300)
+    parser.add_argument("--max-lora-loads", type=int, default=4, help="reads at a time")
     parser.add_argument("--pool-blocks", type=int, help="lora_pool_blocks of the engine")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], help="drawn")
     parser.add_argument("--zipf", type=float, default=1.0)

@@ -52,7 +52,14 @@ def test_every_kind_in_bfloat16_on_a_gpu(family, tmp_path):
 
 def test_same_bits_twice(tmp_path):
     model, adapters = build(tmp_path, "llama3")
-    llm = engine(model, enable_prefix_caching=False, **MEMORY)
+    # A slot each: else which requests share a step depends on when adapters arrive.
+    llm = engine(
+        model,
+        enable_prefix_caching=False,
+        max_loras=len(adapters),
+        max_cpu_loras=len(adapters),
+        **MEMORY,
+    )
     reference = Reference(model, adapters)
     first, second = (run_and_compare(llm, reference, adapters, seed=3) for _ in range(2))
     assert first.logprobs == second.logprobs

@@ -137,36 +137,68 @@ class BlockWrite:
         b = empty((count, experts, int(starts[-1]), rank), dtype)
         scales = np.ones((count, experts, parts), np.float32)
         rows = slice(self.first_rank, self.first_rank + rank)
-        for layer, expert, part, weights in _parts(packed):
-            to_a, to_b = a[layer, expert, part], b[layer, expert, starts[part] : starts[part + 1]]
-            if weights is None:
-                to_a[:], to_b[:] = 0, 0
-                continue
-            _place(weights.lora_a[rows], to_a)
-            _place(weights.lora_b[:, rows], to_b)
-            scales[layer, expert, part] = weights.scaling
+        for part in range(parts):
+            places: list[tuple[int, int]] = []
+            there: list[LoRALayerWeights] = []
+            columns = slice(starts[part], starts[part + 1])
+            for layer, expert in np.ndindex(count, experts):
+                weights = packed[layer][expert].parts[part]
+                if weights is None:
+                    a[layer, expert, part], b[layer, expert, columns] = 0, 0
+                else:
+                    places.append((layer, expert))
+                    there.append(weights)
+                    scales[layer, expert, part] = weights.scaling
+            _place([weights.lora_a[rows] for weights in there], places, a[:, :, part])
+            _place([weights.lora_b[:, rows] for weights in there], places, b[:, :, columns])
         if shards > 1:
             b = b[:, :, row.columns(shards)]
         return a, b, scales
 
 
-def _parts(
-    packed: list[list[PackedLoRALayerWeights]],
-) -> Iterable[tuple[int, int, int, LoRALayerWeights | None]]:
-    for layer, experts in enumerate(packed):
-        for expert, one in enumerate(experts):
-            for part, weights in enumerate(one.parts):
-                yield layer, expert, part, weights
+def _place(matrices: list[np.ndarray], places: list[tuple[int, int]], into: np.ndarray) -> None:
+    """Each matrix at the beginning of its place in the array, zeros after it.
+
+    In few calls: those of a file are equally far apart in memory, if the layers are alike.
+    """
+    alike: dict[tuple, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        whose = index if matrix.base is None else id(matrix.base)
+        alike.setdefault((whose, matrix.shape, matrix.strides, matrix.dtype), []).append(index)
+    for (_, (rows, columns), *_), indices in alike.items():
+        for run in _equally_far(indices, matrices):
+            at = tuple(np.array([places[index] for index in run]).T)
+            into[(*at, slice(rows), slice(columns))] = _side_by_side([matrices[i] for i in run])
+            if rows < into.shape[-2]:
+                into[(*at, slice(rows, None))] = 0
+            if columns < into.shape[-1]:
+                into[(*at, slice(rows), slice(columns, None))] = 0
 
 
-def _place(matrix: np.ndarray, into: np.ndarray) -> None:
-    """The matrix at the beginning, zeros after it."""
-    rows, columns = matrix.shape
-    into[:rows, :columns] = matrix
-    if rows < into.shape[0]:
-        into[rows:] = 0
-    if columns < into.shape[1]:
-        into[:rows, columns:] = 0
+def _address(matrix: np.ndarray) -> int:
+    return matrix.__array_interface__["data"][0]
+
+
+def _equally_far(indices: list[int], matrices: list[np.ndarray]) -> Iterable[list[int]]:
+    """The indices in the order of their matrices in memory, parted where the distance changes."""
+    where = {index: _address(matrices[index]) for index in indices}
+    run: list[int] = []
+    for index in sorted(indices, key=where.__getitem__):
+        if len(run) > 1 and where[index] - where[run[-1]] != where[run[1]] - where[run[0]]:
+            yield run
+            run = []
+        run.append(index)
+    if run:
+        yield run
+
+
+def _side_by_side(matrices: list[np.ndarray]) -> np.ndarray:
+    """[matrices, rows, columns]: equally far apart in one piece of memory, they are not copied."""
+    first = matrices[0]
+    step = _address(matrices[1]) - _address(first) if len(matrices) > 1 else 0
+    return np.lib.stride_tricks.as_strided(
+        first, (len(matrices), *first.shape), (step, *first.strides), writeable=False
+    )
 
 
 def staging_dtype(layers: list[LoRALayerWeights]) -> np.dtype:

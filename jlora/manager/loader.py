@@ -16,6 +16,7 @@ from jlora.manager.lora_model import BaseWeight, LoRAModel
 from jlora.manager.mixture import Adapter, mix
 from jlora.manager.peft import content_identity, file_fingerprint, resolve_adapter_path
 from jlora.manager.peft_config import PEFTHelper, other_base_model
+from jlora.manager.recycled import RecycledMemory
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
 
@@ -39,6 +40,7 @@ class AdapterLoader:
         self.modules, self.lora_config = modules, lora_config
         self._base_weight, self._model_name = base_weight, model_name
         self._warned: set[str] = set()
+        self._memory = RecycledMemory()
 
     def load(
         self,
@@ -103,7 +105,12 @@ class AdapterLoader:
         else:
             folder = folder or self.folder(request)
             lora = LoRAModel.from_local_checkpoint(
-                folder, adapter_id, *limits, base_weight=self._base_weight, known=known
+                folder,
+                adapter_id,
+                *limits,
+                base_weight=self._base_weight,
+                known=known,
+                empty=self._memory.empty,
             )
         self._warn_of_base(request.base_model_name or lora.base_model_name, name)
         return lora, folder

@@ -121,13 +121,15 @@ class LoRAModel:
         name: str | None = None,
         base_weight: BaseWeight | None = None,
         known: tuple[str, str] | None = None,
+        empty: Callable[[int], np.ndarray] | None = None,
     ) -> LoRAModel:
         """Reads a folder that PEFT saved. Raises AdapterError for anything that does not fit.
 
         base_weight: gives a tensor of the base model ("model.embed_tokens.weight"; "lm_head.weight"
         also of a tied model) as the checkpoint has it, to compare what PEFT saved beside the
         adapter; without it an adapter that holds such tensors is refused. known: an earlier
-        fingerprint of the files, and the identity that they had.
+        fingerprint of the files, and the identity that they had. empty: gives so many bytes of
+        memory for the tensors, uint8.
         """
         folder = Path(lora_dir)
         name = name or f"adapter {folder.name}"
@@ -136,7 +138,7 @@ class LoRAModel:
             identity = known[1] if known is not None and known[0] == fingerprint else ""
             with ThreadPoolExecutor(_HASHING) as executor:  # beside the reading
                 hashed = None if identity else folder_hash(folder, executor)
-                with open_adapter(folder, name) as (helper, tensors):
+                with open_adapter(folder, name, empty) as (helper, tensors):
                     source = Source(name, helper, modules, lora_config, base_weight)
                     lora = cls._from_source(lora_model_id, source, tensors, "")
             if file_fingerprint(folder) == fingerprint:

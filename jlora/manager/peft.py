@@ -117,27 +117,30 @@ def read_config(folder: Path, adapter: str) -> PEFTHelper:
 
 @contextlib.contextmanager
 def open_adapter(
-    folder: Path, adapter: str
+    folder: Path, adapter: str, empty: Callable[[int], np.ndarray] | None = None
 ) -> Iterator[tuple[PEFTHelper, Mapping[str, TensorLike]]]:
-    """The configuration of an adapter folder and its tensors, to be read inside the context."""
+    """The configuration of an adapter folder and its tensors, to be read inside the context.
+
+    empty: gives so many bytes of memory for them, uint8.
+    """
     helper = read_config(folder, adapter)
     safe, pickled = folder / WEIGHTS_NAME, folder / PICKLE_NAME
     if safe.is_file() or not pickled.is_file():
         if not safe.is_file():
             raise AdapterError(f"{adapter}: {folder} has no {WEIGHTS_NAME}")
-        with _open_safetensors(safe, adapter) as tensors:
-            yield helper, tensors
+        try:
+            with SafetensorsFile(safe, empty or _fresh) as tensors:
+                yield helper, tensors
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(
+                f"{adapter}: {safe} is not a readable safetensors file: {_line(error)}"
+            ) from error
     else:
         yield helper, _read_pickle(pickled, adapter)
 
 
-def _open_safetensors(path: Path, adapter: str) -> SafetensorsFile:
-    try:
-        return SafetensorsFile(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{adapter}: {path} is not a readable safetensors file: {_line(error)}"
-        ) from error
+def _fresh(nbytes: int) -> np.ndarray:
+    return np.empty(nbytes, np.uint8)
 
 
 def _read_pickle(path: Path, adapter: str) -> Mapping[str, TensorLike]:

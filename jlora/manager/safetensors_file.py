@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,8 +57,12 @@ class FileTensor:
 class SafetensorsFile(Mapping[str, FileTensor]):
     """The tensors of a file, to be read inside its context."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads names, shapes and dtypes. Raises SafetensorError or OSError."""
+    def __init__(self, path: Path, empty: Callable[[int], np.ndarray]) -> None:
+        """Reads names, shapes and dtypes. Raises SafetensorError or OSError.
+
+        empty: gives so many bytes of memory that may hold anything, uint8.
+        """
+        self._empty = empty
         self.checked = safe_open(path, "numpy")
         self._raw = path.open("rb", buffering=0)
         self._tensors = {name: FileTensor(self, name) for name in self.checked.keys()}  # noqa: SIM118
@@ -87,12 +91,12 @@ class SafetensorsFile(Mapping[str, FileTensor]):
     @functools.cached_property
     def memory(self) -> np.ndarray:
         """uint8: the tensors that are not large, one after the other."""
-        memory, at = np.empty(self._size, np.uint8), 0
+        memory, at = self._empty(self._size), 0
         for start, end in self._runs:
             while start < end:
                 count = os.preadv(self._raw.fileno(), [memory[at : at + end - start].data], start)
                 if not count:
-                    raise OSError("it ends before its last tensor does")
+                    raise SafetensorError("it ends before its last tensor does")
                 start, at = start + count, at + count
         return memory
 
@@ -123,4 +127,5 @@ class SafetensorsFile(Mapping[str, FileTensor]):
         traceback: TracebackType | None,
     ) -> None:
         self._raw.close()
+        self._tensors.clear()  # they refer to this, which refers to the memory
         self.checked.__exit__(kind, error, traceback)
