@@ -24,7 +24,7 @@ from jlora.engine.pool_layout import (
     staged_specs,
     stored_matrix,
 )
-from jlora.engine.staging import Pieces, StagedAdapter, StagingBuffers, Transfers
+from jlora.engine.staging import StagedAdapter, StagingBuffers
 from jlora.kernels import SlotTable
 from jlora.manager import (
     BlockWrite,
@@ -68,7 +68,6 @@ class AdapterPool:
         self._model, self._base_weight = model, base_weight
         self._version = -1
         self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
-        self._transfers = Transfers()
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         rows = {row.name: self._row(row) for row in pool_rows(modules, config)}
         slots, hidden = config.max_loras + 1, modules.config.hidden_size
@@ -143,10 +142,7 @@ class AdapterPool:
             scales = self._put(np.ones((*each, len(row.parts)), np.float32))
             a_in, b_in = staged_specs(row)
             for dtype in STAGING_DTYPES:
-                zeros = (
-                    self._pieces(np.zeros(a, dtype), a_in),
-                    self._pieces(np.zeros(b, dtype), b_in),
-                )
+                zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
                 self._write_block(row, 0, 0, *zeros, scales)
         for row in feature_rows(self._modules, self._config):
             pool, width = self.state.rows[row.name], row.stored_width(self._shards)
@@ -176,6 +172,7 @@ class AdapterPool:
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
         for feature in features:
             staged.features[feature.name] = self._feature_arrays(feature)
+        buffers.wait()
         self._buffers.append(buffers)
         return staged
 
@@ -183,14 +180,15 @@ class AdapterPool:
         """The whole matrices that an adapter takes, wherever they will be."""
         return {name: 0 for name, rows in lora.vocab_rows.items() if is_full(rows, self._config)}
 
-    def _send(self, write: BlockWrite, buffers: StagingBuffers) -> tuple[Pieces, Pieces, Array]:
-        """A block's a, b and scales (see BlockWrite.arrays), brought to the device."""
+    def _send(self, write: BlockWrite, buffers: StagingBuffers) -> tuple[Array, Array, Array]:
+        """A block's a, b and scales (see BlockWrite.arrays), on their way to the device."""
         a_in, b_in = staged_specs(write.projection)
         a, b, scales = write.arrays(self._shards, buffers.empty)
-        return self._pieces(a, a_in), self._pieces(b, b_in), self._put(scales)
-
-    def _pieces(self, array: np.ndarray, spec: PartitionSpec) -> Pieces:
-        return self._transfers.send(array, NamedSharding(self._mesh, spec))
+        return (
+            buffers.send(a, NamedSharding(self._mesh, a_in)),
+            buffers.send(b, NamedSharding(self._mesh, b_in)),
+            self._put(scales),
+        )
 
     def apply(
         self, manager: LoRAModelManager, staged: MutableMapping[str, StagedAdapter] | None = None
@@ -221,6 +219,7 @@ class AdapterPool:
                 there = staged.get(write.lora.key, nothing).blocks.get(write.name)
                 arrays = self._send(write, buffers) if there is None else there
                 self._write_block(write.projection, write.layer or 0, write.block, *arrays)
+        buffers.wait()  # what was sent takes device memory until then
         if manager.version != self._version:
             rows = {
                 name: dataclasses.replace(row, slots=self._table(manager.slot_maps[name]))
@@ -280,7 +279,7 @@ class AdapterPool:
         self.state = dataclasses.replace(self.state, rows=rows)
 
     def _write_block(
-        self, row: Projection, layer: int, block: int, a: Pieces, b: Pieces, scales: Array
+        self, row: Projection, layer: int, block: int, a: Array, b: Array, scales: Array
     ) -> None:
         """a, b, scales: as `_send` gives them; block is counted without experts."""
         pool, at = (
@@ -288,7 +287,7 @@ class AdapterPool:
             np.array([layer, block * (row.experts or 1)], np.int32),
         )
         new_a, new_b = self._run(
-            ("block", row.name, a[0].dtype),
+            ("block", row.name, a.dtype),
             lambda: functools.partial(write_block, part_of=self._part_of(row)),
             (0, 1),
             row_specs(row)[:2],
@@ -421,28 +420,21 @@ def write_block(
     b: Array,
     at: Array,
     scales: Array,
-    new_a: Pieces,
-    new_b: Pieces,
+    new_a: Array,
+    new_b: Array,
     *,
     part_of: np.ndarray,
 ) -> tuple[Array, Array]:
     """a and b with one block replaced; the scale goes into B, in float32 before the cast.
 
     at: the first layer, and the block (of the first expert). new_a [layers, experts, parts, rank,
-    d_in], new_b [layers, experts, d_out, rank], both in pieces of some layers, scales [layers,
-    experts, parts]. The a of embed_tokens is [blocks, vocabulary, rank].
+    d_in], new_b [layers, experts, d_out, rank], scales [layers, experts, parts]. The a of
+    embed_tokens is [blocks, vocabulary, rank].
     """
-    layer = 0
-    for piece in new_a:
-        first: tuple[Any, ...] = (at[0] + layer, at[1], 0, 0, 0)
-        if a.ndim == 3:
-            piece, first = jnp.swapaxes(piece[0, :, 0], 1, 2), (at[1], 0, 0)
-        a = jax.lax.dynamic_update_slice(a, piece.astype(a.dtype), first)
-        layer += len(piece)
-    layer = 0
-    for piece in new_b:
-        scale = scales[layer : layer + len(piece)][:, :, part_of][..., None]
-        scaled = jnp.swapaxes(piece.astype(jnp.float32) * scale, 2, 3)
-        b = jax.lax.dynamic_update_slice(b, scaled.astype(b.dtype), (at[0] + layer, at[1], 0, 0))
-        layer += len(piece)
-    return a, b
+    first: tuple[Any, ...] = (at[0], at[1], 0, 0, 0)
+    if a.ndim == 3:
+        new_a, first = jnp.swapaxes(new_a[0, :, 0], 1, 2), (at[1], 0, 0)
+    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype), first)
+    scaled = new_b.astype(jnp.float32) * scales[:, :, part_of][..., None]
+    scaled = jnp.swapaxes(scaled, 2, 3).astype(b.dtype)  # [layers, experts, rank, d_out]
+    return a, jax.lax.dynamic_update_slice(b, scaled, (at[0], at[1], 0, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-# Bytes that are sent at once, and how many such pieces may be on their way: what a step sends waits
-# until they have arrived, 1 ms or so. The 84 MB of an adapter would keep it for ten.
-_PIECE, _ON_THE_WAY = 1 << 22, 2
-
-Pieces = tuple[jax.Array, ...]  # one array, parted along its first axis
+_EACH = 4  # arrays of a kind, for the blocks of a large adapter: one is filled, others are sent
 
 
 @dataclass
@@ -24,43 +19,50 @@ class StagedAdapter:
     blocks: by BlockWrite.name, a, b and scales. features: by FeatureWrite.name.
     """
 
-    blocks: dict[tuple, tuple[Pieces, Pieces, jax.Array]] = field(default_factory=dict)
+    blocks: dict[tuple, tuple[jax.Array, jax.Array, jax.Array]] = field(default_factory=dict)
     features: dict[tuple, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
 
-class Transfers:
-    """Sends arrays in pieces, few at a time whichever threads send."""
-
-    def __init__(self) -> None:
-        self._room = threading.Semaphore(_ON_THE_WAY)
-
-    def send(self, array: np.ndarray, sharding: Sharding) -> Pieces:
-        """To the device; returns when everything is there."""
-        count = min(-(-array.nbytes // _PIECE), len(array))
-        return tuple(self._send(piece, sharding) for piece in np.array_split(array, max(count, 1)))
-
-    def _send(self, piece: np.ndarray, sharding: Sharding) -> jax.Array:
-        with self._room:
-            return jax.device_put(piece, sharding).block_until_ready()
-
-
 class StagingBuffers:
-    """Arrays that one thread fills and sends, and fills again.
+    """Arrays that are filled, sent, and filled again once they have arrived.
 
     Memory fresh from the operating system costs more than filling it: up to 8 us a page were seen,
     160 ms for the 84 MB of an adapter.
     """
 
     def __init__(self) -> None:
-        # The CPU's arrays may be the very memory that they were made from.
-        self._again = jax.default_backend() != "cpu"
-        self._arrays: dict[tuple, np.ndarray] = {}
+        self._free: dict[tuple, list[np.ndarray]] = {}
+        self._sent: list[tuple[jax.Array, np.ndarray]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array of whatever its last use left: what was sent of that shape is gone."""
-        if not self._again:
-            return np.empty(shape, dtype)
+        """An array of whatever its last use left, to be filled and sent."""
         kind = (shape, np.dtype(dtype))
-        if kind not in self._arrays:
-            self._arrays[kind] = np.empty(shape, dtype)
-        return self._arrays[kind]
+        on_its_way = [one for one in self._sent if _kind(one[1]) == kind]
+        if not self._free.get(kind) and len(on_its_way) >= _EACH:
+            self._arrived(*on_its_way[0])
+        free = self._free.get(kind)
+        return free.pop() if free else np.empty(shape, dtype)
+
+    def send(self, array: np.ndarray, sharding: Sharding) -> jax.Array:
+        """To the device. The array is not to be touched again, but by who gets it from `empty`."""
+        sent = jax.device_put(array, sharding)
+        self._sent.append((sent, array))
+        return sent
+
+    def wait(self) -> None:
+        """Until everything has arrived; what was sent is forgotten here."""
+        while self._sent:
+            self._arrived(*self._sent[0])
+
+    def _arrived(self, sent: jax.Array, array: np.ndarray) -> None:
+        self._sent = [other for other in self._sent if other[0] is not sent]
+        sent.block_until_ready()
+        if any(device.platform == "cpu" for device in sent.devices()):
+            return  # the device's array may be this very memory
+        free = self._free.setdefault(_kind(array), [])
+        if len(free) < _EACH:
+            free.append(array)
+
+
+def _kind(array: np.ndarray) -> tuple:
+    return array.shape, array.dtype

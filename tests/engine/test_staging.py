@@ -1,68 +1,75 @@
-"""Arrays on their way to the device: in pieces, from memory that is filled again."""
+"""Host buffers of writes: filled again only when what was sent has arrived."""
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from jlora.engine import staging
-from jlora.engine.staging import StagingBuffers, Transfers
+from jlora.engine.staging import StagingBuffers
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (7, 100, 3), (32, 2)])
-@pytest.mark.parametrize("piece", [64, 1000, 1 << 22])
-def test_pieces_are_the_array(shape, piece, monkeypatch):
-    monkeypatch.setattr(staging, "_PIECE", piece)
-    array = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
-    pieces = Transfers().send(array, SHARDING)
-    np.testing.assert_array_equal(np.concatenate(pieces), array)
-    rows = array.nbytes // len(array)
-    assert all(one.nbytes <= max(piece + rows, rows) for one in pieces)
-
-
 def test_sent_arrays_keep_their_values_when_the_buffers_are_filled_again():
-    buffers, transfers, sent = StagingBuffers(), Transfers(), []
+    staging, sent = StagingBuffers(), []
     for value in range(8):
-        array = buffers.empty((100, 1000), np.float32)
+        array = staging.empty((100, 1000), np.float32)
         array[:] = value
-        sent.append(transfers.send(array, SHARDING))
-    for value, pieces in enumerate(sent):
-        for array in pieces:
-            assert np.asarray(array).min() == np.asarray(array).max() == value
+        sent.append(staging.send(array, SHARDING))
+    for value, array in enumerate(sent):
+        assert np.asarray(array).min() == np.asarray(array).max() == value
 
 
-def test_two_pieces_are_on_their_way_at_a_time(monkeypatch):
-    under_way, most = [], []
+class FakeArray:
+    """On a device with memory of its own, where it arrives when it is waited for."""
 
-    class Sent:
-        def block_until_ready(self):
-            most.append(len(under_way))
-            time.sleep(0.001)
-            under_way.pop()
-            return self
+    def __init__(self, array):
+        self.array, self.value = array, None
 
-    def device_put(array, sharding):
-        under_way.append(threading.get_ident())
-        return Sent()
+    def block_until_ready(self):
+        self.value = self.array.copy() if self.value is None else self.value
 
-    monkeypatch.setattr(jax, "device_put", device_put)
-    monkeypatch.setattr(staging, "_PIECE", 8)
-    transfers = Transfers()
-    with ThreadPoolExecutor(4) as executor:
-        list(executor.map(lambda _: transfers.send(np.zeros((10, 2)), SHARDING), range(4)))
-    assert len(most) == 4 * 10 and max(most) == 2
+    def devices(self):
+        return [types.SimpleNamespace(platform="gpu")]
 
 
-def test_buffers_are_filled_again_where_the_device_has_memory_of_its_own(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    buffers = StagingBuffers()
-    first = buffers.empty((4, 4), np.float16)
-    assert buffers.empty((4, 4), np.float16) is first
+def test_buffers_are_filled_again_once_they_have_arrived(monkeypatch):
+    monkeypatch.setattr(jax, "device_put", lambda array, _: FakeArray(array))
+    staging, sent, seen = StagingBuffers(), [], set()
+    for value in range(6):
+        array = staging.empty((4, 4), np.float16)
+        array[:] = value
+        seen.add(array.ctypes.data)
+        sent.append(staging.send(array, SHARDING))
+    assert len(seen) == 4
+    staging.wait()
+    assert [float(one.value.max()) for one in sent] == list(range(6))
+    assert staging.empty((4, 4), np.float16).ctypes.data in seen
+
+
+def test_a_transfer_that_fails_is_told_once(monkeypatch):
+    """And its buffer, which may still be read, is not used again."""
+    monkeypatch.setattr(jax, "device_put", lambda array, _: FakeArray(array))
+    staging = StagingBuffers()
+    lost = staging.empty((4, 4), np.float16)
+    sent = staging.send(lost, SHARDING)
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(sent, "block_until_ready", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        staging.wait()
+    staging.wait()
+    assert staging.empty((4, 4), np.float16).ctypes.data != lost.ctypes.data
+
+
+def test_shapes_and_dtypes_are_kept_apart(monkeypatch):
+    monkeypatch.setattr(jax, "device_put", lambda array, _: FakeArray(array))
+    staging = StagingBuffers()
+    staging.send(staging.empty((4, 4), np.float16), SHARDING)
+    staging.wait()
     for shape, dtype in (((2, 8), np.float16), ((4, 4), np.float32)):
-        array = buffers.empty(shape, dtype)
+        array = staging.empty(shape, dtype)
         assert array.shape == shape and array.dtype == dtype

@@ -1339,3 +1339,37 @@ def test_adapters_by_name_of_an_async_engine(tiers, folders, expected):
         return await last(engine, "r", given)
 
     assert serve(tiers, main).outputs[0].token_ids == expected(2, tokens(20), 8)
+
+
+# -- the same steps every time ---------------------------------------------------------------
+
+
+def test_generate_fills_the_slots_before_its_first_step(files, folders, monkeypatch):
+    """However long each copy takes: which requests share a step must not depend on that."""
+    llm = small_llm(files.model, max_loras=len(folders), max_cpu_loras=len(folders))
+    engine, steps = llm.llm_engine, []
+    copies, schedule = engine.lora._copies, engine.scheduler.schedule
+    stage = copies.stage
+
+    def slow(lora):
+        time.sleep(0.02 * lora.id)
+        return stage(lora)
+
+    def note(*arguments, **options):
+        plan = schedule(*arguments, **options)
+        steps.append([entry.sequence.request.request_id for entry in plan.entries])
+        return plan
+
+    monkeypatch.setattr(copies, "stage", slow)
+    monkeypatch.setattr(engine.scheduler, "schedule", note)
+    requests = [request(folders, index) for index in range(len(folders))]
+    prompts = [tokens(4 + index, index) for index in range(len(folders))]
+    runs = []
+    for _ in range(2):
+        first = next(llm._ids) + 1
+        steps.clear()
+        found = llm.generate(prompts, greedy(max_tokens=6), lora_request=requests, use_tqdm=False)
+        relative = [[int(one.removeprefix("llm-")) - first for one in step] for step in steps]
+        runs.append((relative, [one.outputs[0].token_ids for one in found]))
+    assert runs[0] == runs[1]
+    assert all(engine.lora.manager.slot_of(one.lora_int_id) is not None for one in requests)
