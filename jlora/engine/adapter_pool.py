@@ -19,10 +19,10 @@ from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
 from jlora.engine.pool_layout import (
     MATRIX,
     WHOLE,
-    row_shapes,
+    Held,
+    pool_layout,
     row_specs,
     staged_specs,
-    stored_matrix,
 )
 from jlora.engine.staging import StagedAdapter, StagingBuffers
 from jlora.kernels import SlotTable
@@ -37,7 +37,6 @@ from jlora.manager import (
     feature_rows,
     feature_writes,
     is_full,
-    no_features,
     pool_rows,
 )
 from jlora.model import AXIS, AdapterState, LoadedModel, RowPool, TokenRows
@@ -58,7 +57,7 @@ class AdapterPool:
         model: LoadedModel,
         base_weight: Callable[[str], np.ndarray],
     ) -> None:
-        """Allocates what the config reserves; no adapter is there.
+        """Allocates what the config reserves; no adapter is there. specs: how `state` is divided.
 
         base_weight: reads a tensor of the base's checkpoint; adapters' biases and matrices are
         made with it.
@@ -69,52 +68,13 @@ class AdapterPool:
         self._version = -1
         self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
         self._executables: dict[tuple, jax.stages.Compiled] = {}
-        rows = {row.name: self._row(row) for row in pool_rows(modules, config)}
-        slots, hidden = config.max_loras + 1, modules.config.hidden_size
-        tokens, full = {}, {}
-        for name in (EMBED, HEAD):
-            if config.max_lora_token_rows:
-                shape = (slots, config.max_lora_token_rows)
-                tokens[name] = TokenRows(
-                    self._filled(shape, -1, np.int32), self._filled((*shape, hidden), 0, dtype)
-                )
-            if config.max_lora_full_weights:
-                matrices = stored_matrix(modules, config, self._shards)
-                full[name] = self._filled(matrices, 0, dtype, MATRIX)
-        self.state = AdapterState(rows, self._put(no_features(config.max_loras)), tokens, full)
+        layout = pool_layout(modules, config, dtype, self._shards)
+        self.specs: AdapterState = jax.tree.map(lambda held: held.spec, layout)
+        self.state: AdapterState = jax.tree.map(self._filled, layout)
 
-    def _row(self, row: Projection) -> RowPool:
-        config = self._config
-        a, b, vector = row_shapes(row, self._modules, config, self._shards)
-        specs = row_specs(row)
-        per_slot = row in feature_rows(self._modules, config)
-        dora, bias = config.enable_lora_dora and per_slot, config.enable_lora_bias and per_slot
-        return RowPool(
-            self._filled(a, 0, self._dtype, specs[0]),
-            self._filled(b, 0, self._dtype, specs[1]),
-            self._table(SlotMap(config.max_loras, config.max_blocks)),
-            self._filled(vector, 1, np.float32, specs[2]) if dora else None,
-            self._filled(vector, 0, np.float32, specs[2]) if bias else None,
-        )
-
-    def _filled(
-        self, shape: tuple[int, ...], value: float, dtype: Any, spec: PartitionSpec = WHOLE
-    ) -> Array:
-        make = functools.partial(jnp.full, shape, value, dtype)
-        return jax.jit(make, out_shardings=NamedSharding(self._mesh, spec))()
-
-    @property
-    def specs(self) -> AdapterState:
-        """How `state` is divided: the same tree, of PartitionSpecs."""
-        rows = {}
-        for row in pool_rows(self._modules, self._config):
-            a, b, vector = row_specs(row)
-            old = self.state.rows[row.name]
-            magnitude = None if old.magnitude is None else vector
-            bias = None if old.bias is None else vector
-            rows[row.name] = RowPool(a, b, _whole(old.slots), magnitude, bias)
-        full = dict.fromkeys(self.state.full, MATRIX)
-        return AdapterState(rows, WHOLE, _whole(self.state.token_rows), full)
+    def _filled(self, held: Held) -> Array:
+        make = functools.partial(jnp.full, held.shape, held.value, held.dtype)
+        return jax.jit(make, out_shardings=NamedSharding(self._mesh, held.spec))()
 
     def _put(self, value: Any, spec: PartitionSpec = WHOLE) -> Any:
         return jax.device_put(value, NamedSharding(self._mesh, spec))
@@ -328,7 +288,7 @@ class AdapterPool:
         staged = self._put(values, PartitionSpec(None, *spec[2:]))
 
         def make() -> Callable:
-            whole = RowPool(*row_specs(row)[:2], _whole(self.state.rows[name].slots))
+            whole = RowPool(*row_specs(row)[:2], self.specs.rows[name].slots)
             weight = self._model.weight(name, 0)[1]
             function = functools.partial(self._magnitudes, row=row)
             specs = (spec, weight, whole, WHOLE, PartitionSpec(None, *spec[2:]))
@@ -398,10 +358,6 @@ class AdapterPool:
             self._put(matrix, PartitionSpec(AXIS, None)),
         )
         self.state = dataclasses.replace(self.state, full={**self.state.full, name: new})
-
-
-def _whole(tree: Any) -> Any:
-    return jax.tree.map(lambda _: WHOLE, tree)
 
 
 def _embedding_as_input(pool: RowPool, weight: Array, vocab: int) -> tuple[RowPool, Array]:

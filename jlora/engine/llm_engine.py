@@ -24,7 +24,8 @@ from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
 from jlora.engine.pool_layout import pool_bytes, staged_bytes
-from jlora.engine.runner import ModelRunner, RunnerConfig, StepResult
+from jlora.engine.programs import RunnerConfig
+from jlora.engine.runner import ModelRunner, StepResult
 from jlora.engine.sampler import variant_of
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import RequestState, Sequence

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
-from jlora.manager import pool_rows, row_blocks
-from jlora.model import AXIS, stored_vocab
-from jlora.projections import EMBED, ModuleMap, Projection
+from jlora.kernels import SlotTable
+from jlora.manager import SlotMap, feature_rows, no_features, pool_rows, row_blocks
+from jlora.model import AXIS, AdapterState, RowPool, TokenRows, stored_vocab
+from jlora.projections import EMBED, HEAD, ModuleMap, Projection
 
 WHOLE = PartitionSpec()
 MATRIX = PartitionSpec(None, AXIS, None)  # of whole matrices, divided as the model's own
@@ -40,39 +44,73 @@ def staged_specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
     )
 
 
-def row_shapes(
-    row: Projection, modules: ModuleMap, config: LoRAConfig, shards: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A, B and of what is per output, over all devices; see RowPool."""
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """An array of the pool: over all devices, how it is divided, and what it holds at first."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: PartitionSpec = WHOLE
+    value: float | np.ndarray = 0
+
+
+def pool_layout(
+    modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int
+) -> AdapterState:
+    """The whole pool with a Held for each array; no adapter is there."""
+    slots, model = config.max_loras + 1, modules.config
+    features = no_features(config.max_loras)
+    rows = {
+        row.name: _row_layout(row, modules, config, dtype, shards)
+        for row in pool_rows(modules, config)
+    }
+    token_rows, full = {}, {}
+    for name in (EMBED, HEAD):
+        if config.max_lora_token_rows:
+            shape = (slots, config.max_lora_token_rows)
+            token_rows[name] = TokenRows(
+                Held(shape, np.int32, value=-1), Held((*shape, model.hidden_size), dtype)
+            )
+        if config.max_lora_full_weights:
+            matrices = config.max_lora_full_weights
+            stored = (matrices, stored_vocab(model, shards), model.hidden_size)
+            full[name] = Held(stored, dtype, MATRIX)
+    return AdapterState(
+        rows, Held(features.shape, features.dtype, value=features), token_rows, full
+    )
+
+
+def _row_layout(
+    row: Projection, modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int
+) -> RowPool:
     layers = modules.num_layers if row.per_layer else 1
     blocks = row_blocks(row, config) * (row.experts or 1)
-    width, rank = row.stored_width(shards), LORA_BLOCK_RANK
+    width, rank, specs = row.stored_width(shards), LORA_BLOCK_RANK, row_specs(row)
     a: tuple[int, ...] = (layers, blocks, len(row.parts), rank, row.d_in)
     if row.name == EMBED:
         a = (blocks, row.d_in, rank)
-    return a, (layers, blocks, rank, width), (layers, config.max_loras + 1, width)
-
-
-def stored_matrix(modules: ModuleMap, config: LoRAConfig, shards: int) -> tuple[int, int, int]:
-    """Shape of the whole matrices that adapters may bring, over all devices."""
-    model = modules.config
-    return config.max_lora_full_weights, stored_vocab(model, shards), model.hidden_size
+    vector = (layers, config.max_loras + 1, width)
+    per_slot = row in feature_rows(modules, config)
+    table = SlotMap(config.max_loras, config.max_blocks)
+    return RowPool(
+        Held(a, dtype, specs[0]),
+        Held((layers, blocks, rank, width), dtype, specs[1]),
+        SlotTable(
+            *(Held(x.shape, x.dtype, value=x) for x in (table.blocks, table.counts, table.scales))
+        ),
+        Held(vector, np.float32, specs[2], 1) if config.enable_lora_dora and per_slot else None,
+        Held(vector, np.float32, specs[2], 0) if config.enable_lora_bias and per_slot else None,
+    )
 
 
 def pool_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:
     """Bytes of the pool on one device."""
-    total = 0
-    for row in pool_rows(modules, config):
-        shapes, specs = row_shapes(row, modules, config, shards), row_specs(row)
-        a, b, vector = (
-            int(np.prod(shape)) // (shards if AXIS in spec else 1)
-            for shape, spec in zip(shapes, specs, strict=True)
-        )
-        vectors = config.enable_lora_dora + config.enable_lora_bias if not row.experts else 0
-        total += (a + b) * dtype.itemsize + vectors * vector * 4
-    rows = (config.max_loras + 1) * config.max_lora_token_rows * modules.config.hidden_size
-    full = int(np.prod(stored_matrix(modules, config, shards))) // shards
-    return total + 2 * (rows + full) * dtype.itemsize
+    return sum(
+        math.prod(held.shape)
+        * np.dtype(held.dtype).itemsize
+        // (shards if AXIS in held.spec else 1)
+        for held in jax.tree.leaves(pool_layout(modules, config, dtype, shards))
+    )
 
 
 def staged_bytes(modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int) -> int:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from jlora import kernels
 from jlora.config import LORA_BLOCK_RANK, EngineArgs, LoRAConfig, ModelConfig
 from jlora.engine import memory
-from jlora.engine.runner import RunnerConfig
+from jlora.engine.programs import RunnerConfig
 from jlora.kernels import Implementation
 from jlora.manager import UNLIMITED, AdapterLoader, fitted
 from jlora.model import AXIS, BaseWeights

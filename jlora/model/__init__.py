@@ -5,7 +5,7 @@ from jlora.model.base_weights import BaseWeights
 from jlora.model.decoder import Decoder
 from jlora.model.hf_config import load_hf_config, model_config
 from jlora.model.layers import AXIS, StepContext
-from jlora.model.loading import LoadedModel, load_model
+from jlora.model.loading import LoadedModel, describe_model, load_model
 from jlora.model.rope import rope_cos_sin
 from jlora.model.vocabulary import stored_vocab
 
@@ -19,6 +19,7 @@ __all__ = [
     "StepContext",
     "TokenAdapters",
     "TokenRows",
+    "describe_model",
     "load_hf_config",
     "load_model",
     "model_config",

@@ -193,6 +193,21 @@ def load_model(
     return LoadedModel(graph, _as_state(empty, arrays), _as_state(empty, specs))
 
 
+def describe_model(config: ModelConfig, mesh: Mesh) -> LoadedModel:
+    """As load_model, of ShapeDtypeStructs: to compile for devices that are not there."""
+    shards = mesh.shape[AXIS]
+    graph, empty = nnx.split(nnx.eval_shape(lambda: Decoder(config, shards)))
+    shapes = {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(empty)}
+    specs = {weight.path: weight.spec for weight in weight_table(config, shards)}
+    arrays = {
+        path: jax.ShapeDtypeStruct(
+            shapes[path].shape, shapes[path].dtype, sharding=NamedSharding(mesh, spec)
+        )
+        for path, spec in specs.items()
+    }
+    return LoadedModel(graph, _as_state(empty, arrays), _as_state(empty, specs))
+
+
 def _as_state(like: Any, values: dict[Path_, Any]) -> Any:
     """A tree of the same structure with these leaves."""
     flat = [(path, leaf.replace(values[tuple(path)])) for path, leaf in nnx.to_flat_state(like)]

@@ -205,7 +205,7 @@ def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
     memory = runner.compiled("forward", 16, lora).memory_analysis()
     kv = device_bytes(runner.kv)
     assert memory.alias_size_in_bytes >= kv
-    layers = runner.model_config.num_layers
+    layers = roomy.llm_engine.model_config.num_layers
     slices = [kv // layers]
     if lora:
         slices += [

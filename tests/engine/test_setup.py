@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jlora.config import LoRAConfig
-from jlora.engine.runner import RunnerConfig
+from jlora.engine.programs import RunnerConfig
 from jlora.engine.setup import memory_table
 
 SIZES = RunnerConfig(8, 16, 96, 8, 64, 20, "xla")
