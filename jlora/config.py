@@ -53,6 +53,7 @@ _RESERVED_SWITCHES = (
     "enable_lora_bias",
     "enable_lora_embeddings",
     "allow_nonfinite_loras",
+    "fully_sharded_loras",
 )
 _RESERVED_COUNTS = (
     "max_lora_token_rows",
@@ -84,6 +85,8 @@ class LoRAConfig:
     lm_head. lora_extra_vocab_size: tokens that an adapter may add to the vocabulary.
     lora_expert_blocks: rank blocks of the experts of a mixture-of-experts model, for all layers.
     allow_nonfinite_loras: serves adapters that hold NaN or infinity.
+    fully_sharded_loras: divides A and B of every projection among the devices, where otherwise one
+    of them is on each; costs a sum over the devices for every projection of a layer.
 
     How adapters come and go: max_lora_loads: reads at the same time, in the background.
     lora_load_timeout: seconds after which one is given up. lora_retry_seconds: for how long
@@ -114,6 +117,7 @@ class LoRAConfig:
     lora_retry_seconds: float = 5.0
     max_staged_loras: int = 4
     max_lora_passes: int = 64
+    fully_sharded_loras: bool = False
 
     def __post_init__(self) -> None:
         require_int("max_lora_rank", self.max_lora_rank, 1)
@@ -150,6 +154,11 @@ class LoRAConfig:
             require_bool(name, getattr(self, name))
         for name in _RESERVED_COUNTS:
             require_int(name, getattr(self, name), 0)
+        if self.fully_sharded_loras and self.enable_lora_dora:
+            raise NotImplementedError(
+                "fully_sharded_loras=True beside enable_lora_dora=True is not supported: the norms "
+                "of DoRA need a whole A or B on each device"
+            )
 
     @property
     def host_capacity(self) -> int:
@@ -325,9 +334,8 @@ class EngineArgs:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be a folder or a Hub repository, not {self.model!r}")
-        for name in ("quantization", "fully_sharded_loras"):
-            if getattr(self, name):
-                raise NotImplementedError(f"{name}={getattr(self, name)!r} is not supported yet")
+        if self.quantization:
+            raise NotImplementedError(f"quantization={self.quantization!r} is not supported yet")
         if self.load_format not in ("auto", "safetensors", "dummy"):
             raise ValueError(
                 f"load_format={self.load_format!r} is not supported; use auto, safetensors or dummy"

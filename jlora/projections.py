@@ -198,13 +198,14 @@ class Feature(enum.IntEnum):
     ADDED = 6
 
 
-def check_shards(config: ModelConfig, shards: int) -> None:
-    """Raises when the model cannot be divided among `shards` devices."""
+def check_shards(config: ModelConfig, shards: int, fully_sharded_loras: bool = False) -> None:
+    """Raises when the model, or its adapters, cannot be divided among `shards` devices."""
     kv = config.num_kv_heads
     inner = "moe_intermediate_size" if config.num_experts else "intermediate_size"
     for name, size in (
         ("num_attention_heads", config.num_heads),
         (inner, getattr(config, inner)),
+        *((("hidden_size", config.hidden_size),) if fully_sharded_loras else ()),
     ):
         if size % shards:
             raise ValueError(f"tensor_parallel_size={shards} does not divide {name}={size}")

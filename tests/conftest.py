@@ -22,7 +22,7 @@ if "jax" in sys.modules:
 # A device's tests compare with the CPU, so that stays at hand.
 os.environ["JAX_PLATFORMS"] = "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu"
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2"]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if PLATFORM == "cpu":

@@ -24,7 +24,7 @@ from tests.reference import (
     make_model,
     special_kinds,
 )
-from tests.test_against_peft import build, engine, every_kind, requests_of, run_and_compare
+from tests.test_against_peft import build, engine, requests_of, run_and_compare
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
 PLAIN = {
@@ -289,23 +289,6 @@ def test_tensors_are_counted(plain, tmp_path):
         llm = engine(model, lora_modules=[request])
         counts = llm.llm_engine.lora_tensor_counts(1)
         assert sum(counts.values()) == len(load_file(folder / "adapter_model.safetensors")), name
-
-
-# -- devices ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama-bias",  # of experts, test_compilation runs every kind on two devices
-        pytest.param("qwen3-moe", marks=pytest.mark.slow),
-        pytest.param("gemma3", marks=pytest.mark.slow),
-    ],
-)
-def test_every_kind_on_two_devices(family, tmp_path):
-    model, adapters = build(tmp_path, family, special_kinds(family))
-    llm = every_kind(model, adapters, tensor_parallel_size=2)
-    run_and_compare(llm, Reference(model, adapters), adapters)
 
 
 def test_base_model_of_another_name_warns_once(plain, tmp_path, caplog):

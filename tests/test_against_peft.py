@@ -23,10 +23,10 @@ from tests.reference import (
 LENGTHS = (1, 2, 15, 16, 17, 33, 64, 120, 200)
 
 
-def build(tmp_path, family, kinds=None):
+def build(tmp_path, family, kinds=None, **changes):
     """A model folder and adapter folders of these kinds (of all low-rank ones when None)."""
     model = tmp_path / "model"
-    make_model(family, model)
+    make_model(family, model, **changes)
     adapters = {}
     kinds = adapter_kinds(family=family) if kinds is None else kinds
     for seed, (name, kind) in enumerate(kinds.items()):
@@ -159,29 +159,6 @@ def test_preemption_changes_nothing(tmp_path):
         llm, Reference(model, adapters), adapters, tokens=60, lengths=(30, 40, 50), limit=255
     )
     assert llm.llm_engine.scheduler.num_preemptions > 0
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama-bias",
-        "qwen3",
-        *(slow_if(True, name) for name in ("gemma3", "phi3", "olmo2", "mixtral")),
-    ],
-)
-def test_two_devices(family, tmp_path):
-    model, adapters = build(tmp_path, family)
-    llm = engine(model, tensor_parallel_size=2)
-    run_and_compare(llm, Reference(model, adapters), adapters)
-
-
-def test_more_devices_than_kv_heads(tmp_path):
-    model = tmp_path / "model"
-    make_model("llama3", model, num_key_value_heads=1)
-    make_adapter(model, tmp_path / "a", r=8, lora_alpha=16, target_modules="all-linear")
-    adapters = {"a": tmp_path / "a"}
-    llm = engine(model, tensor_parallel_size=2)
-    run_and_compare(llm, Reference(model, adapters), adapters)
 
 
 def test_warmed_up_engine_with_repeats(tmp_path):

@@ -21,7 +21,6 @@ from jlora.engine.pool_layout import (
     WHOLE,
     Held,
     pool_layout,
-    row_specs,
     staged_specs,
 )
 from jlora.engine.staging import StagedAdapter, StagingBuffers
@@ -100,7 +99,7 @@ class AdapterPool:
             a = (*each, len(row.parts), LORA_BLOCK_RANK, row.d_in)
             b = (*each, row.stored_width(self._shards), LORA_BLOCK_RANK)
             scales = self._put(np.ones((*each, len(row.parts)), np.float32))
-            a_in, b_in = staged_specs(row)
+            a_in, b_in = staged_specs(self.specs.rows[row.name])
             for dtype in STAGING_DTYPES:
                 zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
                 self._write_block(row, 0, 0, *zeros, scales)
@@ -142,7 +141,7 @@ class AdapterPool:
 
     def _send(self, write: BlockWrite, buffers: StagingBuffers) -> tuple[Array, Array, Array]:
         """A block's a, b and scales (see BlockWrite.arrays), on their way to the device."""
-        a_in, b_in = staged_specs(write.projection)
+        a_in, b_in = staged_specs(self.specs.rows[write.projection.name])
         a, b, scales = write.arrays(self._shards, buffers.empty)
         return (
             buffers.send(a, NamedSharding(self._mesh, a_in)),
@@ -250,7 +249,7 @@ class AdapterPool:
             ("block", row.name, a.dtype),
             lambda: functools.partial(write_block, part_of=self._part_of(row)),
             (0, 1),
-            row_specs(row)[:2],
+            (self.specs.rows[row.name].a, self.specs.rows[row.name].b),
             pool.a,
             pool.b,
             self._put(at),
@@ -268,7 +267,7 @@ class AdapterPool:
 
     def _write_biases(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width]."""
-        spec = row_specs(row)[2]
+        spec = self.specs.rows[row.name].bias
         new = self._run(
             ("bias", row.name),
             lambda: (
@@ -284,16 +283,17 @@ class AdapterPool:
 
     def _write_magnitudes(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width], NaN where there is none; a layer a call."""
-        spec, name = row_specs(row)[2], row.name
+        name, specs = row.name, self.specs.rows[row.name]
+        spec = specs.magnitude
         staged = self._put(values, PartitionSpec(None, *spec[2:]))
 
         def make() -> Callable:
-            whole = RowPool(*row_specs(row)[:2], self.specs.rows[name].slots)
+            whole = RowPool(specs.a, specs.b, specs.slots)
             weight = self._model.weight(name, 0)[1]
             function = functools.partial(self._magnitudes, row=row)
-            specs = (spec, weight, whole, WHOLE, PartitionSpec(None, *spec[2:]))
+            all_specs = (spec, weight, whole, WHOLE, PartitionSpec(None, *spec[2:]))
             return jax.shard_map(
-                function, mesh=self._mesh, in_specs=specs, out_specs=spec, check_vma=False
+                function, mesh=self._mesh, in_specs=all_specs, out_specs=spec, check_vma=False
             )
 
         for layer in range(len(values)):

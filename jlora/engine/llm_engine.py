@@ -58,7 +58,7 @@ class LLMEngine(AdapterMethods):
         memory.reserve_fraction(args.gpu_memory_utilization)
         hf = load_hf_config(args.model, args.revision)
         model = model_config(hf, args.dtype)
-        check_shards(model, args.tensor_parallel_size)
+        check_shards(model, args.tensor_parallel_size, args.fully_sharded_loras)
         mesh = make_mesh(args.tensor_parallel_size)
         implementation = choose_implementation(args, model)
         self.lora_config = lora_limits(args, model)

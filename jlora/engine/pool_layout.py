@@ -21,27 +21,23 @@ WHOLE = PartitionSpec()
 MATRIX = PartitionSpec(None, AXIS, None)  # of whole matrices, divided as the model's own
 
 
-def row_specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+def row_specs(
+    row: Projection, fully_sharded: bool
+) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     """How A, B and what is per output (magnitudes, biases) of a row are divided.
 
     Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
-    copy B.
+    copy B. Fully sharded ones divide both, as far as they are of layers.
     """
-    match row.shard:
-        case "out":
-            return WHOLE, PartitionSpec(None, None, None, AXIS), PartitionSpec(None, None, AXIS)
-        case "in":
-            return PartitionSpec(None, None, None, None, AXIS), WHOLE, WHOLE
-        case _:
-            return WHOLE, WHOLE, WHOLE
+    both = fully_sharded and row.per_layer and row.shard != "none"
+    a = PartitionSpec(None, None, None, None, AXIS) if both or row.shard == "in" else WHOLE
+    b = PartitionSpec(None, None, None, AXIS) if both or row.shard == "out" else WHOLE
+    return a, b, PartitionSpec(None, None, AXIS) if row.shard == "out" else WHOLE
 
 
-def staged_specs(row: Projection) -> tuple[PartitionSpec, PartitionSpec]:
-    """How the arrays of BlockWrite.arrays are divided, as the pool that they are written into."""
-    return (
-        PartitionSpec(None, None, None, None, AXIS) if row.shard == "in" else WHOLE,
-        PartitionSpec(None, None, AXIS, None) if row.shard == "out" else WHOLE,
-    )
+def staged_specs(pool: RowPool) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the arrays of BlockWrite.arrays are divided. pool: how those are that they go into."""
+    return pool.a, PartitionSpec(None, None, AXIS, None) if AXIS in pool.b else WHOLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +81,11 @@ def _row_layout(
 ) -> RowPool:
     layers = modules.num_layers if row.per_layer else 1
     blocks = row_blocks(row, config) * (row.experts or 1)
-    width, rank, specs = row.stored_width(shards), LORA_BLOCK_RANK, row_specs(row)
+    width, rank, specs = (
+        row.stored_width(shards),
+        LORA_BLOCK_RANK,
+        row_specs(row, config.fully_sharded_loras),
+    )
     a: tuple[int, ...] = (layers, blocks, len(row.parts), rank, row.d_in)
     if row.name == EMBED:
         a = (blocks, row.d_in, rank)

@@ -65,6 +65,7 @@ class RunnerConfig:
     num_pages: int
     max_logprobs: int
     implementation: Implementation
+    fully_sharded_loras: bool = False
 
     @property
     def max_pages(self) -> int:
@@ -164,7 +165,8 @@ class StepPrograms:
     def _adapters(self, pool: AdapterState | None, slots: Array) -> TokenAdapters | None:
         if pool is None:
             return None
-        return TokenAdapters.of(pool, slots, self.config.implementation)
+        config = self.config
+        return TokenAdapters.of(pool, slots, config.implementation, config.fully_sharded_loras)
 
     def _context(self, view: TokenView, batch: Array, pool: AdapterState | None) -> StepContext:
         config, model = self.config, self.model_config

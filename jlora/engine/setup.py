@@ -56,6 +56,7 @@ def runner_sizes(
         pages,
         args.max_logprobs,
         implementation,
+        args.fully_sharded_loras,
     )
 
 

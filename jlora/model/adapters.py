@@ -23,6 +23,8 @@ from jlora import kernels
 from jlora.kernels import Implementation, LoRADelta, LoRARouting, SlotTable
 from jlora.projections import Feature
 
+AXIS = "model"  # of the mesh, over which a model is divided
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -76,26 +78,34 @@ class AdapterState:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["state", "routing", "features"],
-    meta_fields=["implementation"],
+    meta_fields=["implementation", "fully_sharded"],
 )
 @dataclasses.dataclass(frozen=True)
 class TokenAdapters:
-    """The adapters of some tokens: those of a step, or those that are sampled from."""
+    """The adapters of some tokens: those of a step, or those that are sampled from.
+
+    fully_sharded: A and B of every row of a layer are divided among the devices.
+    """
 
     state: AdapterState
     routing: LoRARouting
     features: Int[Array, "tokens features"]
     implementation: Implementation
+    fully_sharded: bool = False
 
     @classmethod
     def of(
-        cls, state: AdapterState, slots: Int[Array, " tokens"], implementation: Implementation
+        cls,
+        state: AdapterState,
+        slots: Int[Array, " tokens"],
+        implementation: Implementation,
+        fully_sharded: bool,
     ) -> TokenAdapters:
         """slots: of each token, `kernels.NO_ADAPTER` for none; those of a slot stand together."""
         num_slots = state.features.shape[0] - 1
         routing = kernels.lora_routing(slots, num_slots, implementation=implementation)
         # NO_ADAPTER is -1, and so the last row.
-        return cls(state, routing, state.features[slots], implementation)
+        return cls(state, routing, state.features[slots], implementation, fully_sharded)
 
     def of_experts(
         self, token: Int[Array, " rows"], expert: Int[Array, " rows"], experts: int
@@ -114,12 +124,23 @@ class TokenAdapters:
         return self.features[:, which]
 
     def delta(
-        self, x: Float[Array, "tokens d_in"], row: RowPool, layer: int | Int[Array, ""]
+        self,
+        x: Float[Array, "tokens d_in"],
+        row: RowPool,
+        layer: int | Int[Array, ""],
+        divided: bool,
     ) -> LoRADelta:
-        """The LoRA product of a projection's input, to be added to its output."""
-        x = x.astype(row.a.dtype)
+        """The LoRA product of a projection's input, to be added to its output (`add_delta`).
+
+        divided: whether the row is one that devices share.
+        """
+        x, share = x.astype(row.a.dtype), row.a.shape[-1]
+        if share < x.shape[1]:  # x is whole, and A is not
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * share, share, axis=1)
         options: dict[str, Any] = {"implementation": self.implementation}
         h = kernels.lora_shrink(x, row.a, layer, self.routing, row.slots, **options)
+        if self.fully_sharded and divided:
+            h = jax.lax.psum(jnp.sum(h, axis=0, keepdims=True), AXIS)
         return LoRADelta(h, row.b, layer, self.routing, row.slots)
 
     def rescale(
@@ -138,6 +159,22 @@ class TokenAdapters:
         if row.bias is None:
             return y
         return (y + _of_slot(row.bias, layer, self.feature(Feature.BIAS))).astype(y.dtype)
+
+
+def add_delta(
+    y: Float[Array, "tokens d_out"],
+    delta: LoRADelta,
+    part_widths: tuple[int, ...],
+    implementation: Implementation,
+) -> Float[Array, "tokens d_out"]:
+    """y and what the adapters add to it, in the columns of which this device has B."""
+    share = delta.b.shape[-1]
+    if share == y.shape[1]:
+        return kernels.lora_expand(y, delta, part_widths, implementation=implementation)
+    start = jax.lax.axis_index(AXIS) * share  # a sum over devices follows
+    mine = jax.lax.dynamic_slice_in_dim(y, start, share, axis=1)
+    mine = kernels.lora_expand(mine, delta, (share,), implementation=implementation)
+    return jax.lax.dynamic_update_slice_in_dim(y, mine, start, axis=1)
 
 
 def expert_slots(slots: SlotTable, experts: int) -> SlotTable:

@@ -14,10 +14,8 @@ from jaxtyping import Array, Float, Int
 from jlora import kernels
 from jlora.config import ModelConfig
 from jlora.kernels import Implementation, LoRADelta, NormRule
-from jlora.model.adapters import TokenAdapters
+from jlora.model.adapters import AXIS, TokenAdapters, add_delta
 from jlora.projections import Projection
-
-AXIS = "model"  # of the mesh, over which a model is divided
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -84,7 +82,8 @@ class LoRALinear(nnx.Module):
         width = row.stored_width(shards)
         self.weight = nnx.Param(jnp.zeros((row.d_in, width), dtype))
         self.bias = nnx.Param(jnp.zeros(width, dtype)) if row.bias else None
-        self.name, self.sums = row.name, row.shard == "in" and shards > 1
+        self.name, self.divided = row.name, row.shard != "none" and shards > 1
+        self.sums = row.shard == "in" and shards > 1
         self.part_widths = row.local_widths(shards)
         self.piece_widths = row.local_pieces(shards)
 
@@ -94,7 +93,7 @@ class LoRALinear(nnx.Module):
         y, delta = self.with_delta(x, layer, step)
         if delta is None:
             return y
-        return kernels.lora_expand(y, delta, self.part_widths, implementation=step.implementation)
+        return add_delta(y, delta, self.part_widths, step.implementation)
 
     def with_delta(
         self, x: Float[Array, "tokens d_in"], layer: int | Int[Array, ""], step: StepContext
@@ -105,10 +104,10 @@ class LoRALinear(nnx.Module):
         if adapters is None:
             return self.add_bias(jax.lax.psum(y, AXIS) if self.sums else y), None
         row = adapters.state.rows[self.name]
-        delta = adapters.delta(x, row, layer)
+        delta = adapters.delta(x, row, layer, self.divided)
         if not self.sums and row.magnitude is None and row.bias is None:
             return self.add_bias(y), delta
-        y = kernels.lora_expand(y, delta, self.part_widths, implementation=step.implementation)
+        y = add_delta(y, delta, self.part_widths, step.implementation)
         if self.sums:  # the adapter's partial sums ride on the base's own all-reduce
             y = jax.lax.psum(y, AXIS)
         y = self.add_bias(adapters.rescale(y, row, layer))

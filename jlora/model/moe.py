@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.model.adapters import TokenAdapters, expert_slots
-from jlora.model.layers import ACTIVATIONS, AXIS, LoRALinear, StepContext
+from jlora.model.adapters import AXIS, TokenAdapters, add_delta, expert_slots
+from jlora.model.layers import ACTIVATIONS, LoRALinear, StepContext
 from jlora.projections import Projection
 
 
@@ -80,7 +80,7 @@ class ExpertLinear(nnx.Module):
     def __init__(self, row: Projection, shards: int, dtype: jnp.dtype) -> None:
         shape = (row.experts, row.d_in, row.stored_width(shards))
         self.weight = nnx.Param(jnp.zeros(shape, dtype))
-        self.name, self.experts = row.name, row.experts
+        self.name, self.experts, self.divided = row.name, row.experts, shards > 1
         self.part_widths = row.local_widths(shards)
 
     def __call__(
@@ -98,8 +98,8 @@ class ExpertLinear(nnx.Module):
             return y
         pool = rows.adapters.state.rows[self.name]
         pool = dataclasses.replace(pool, slots=expert_slots(pool.slots, self.experts))
-        delta = rows.adapters.delta(x, pool, layer)
-        return kernels.lora_expand(y, delta, self.part_widths, implementation=step.implementation)
+        delta = rows.adapters.delta(x, pool, layer, self.divided)
+        return add_delta(y, delta, self.part_widths, step.implementation)
 
 
 class MoE(nnx.Module):

@@ -123,7 +123,7 @@ def _adapt_logits(
         local = _own_token_logits(local, hidden, state.token_rows[HEAD], adapters)
     if HEAD in state.rows:
         row = state.rows[HEAD]
-        delta = adapters.delta(hidden, row, 0)
+        delta = adapters.delta(hidden, row, 0, divided=False)
         widths, implementation = (local.shape[1],), adapters.implementation
         local = kernels.lora_expand(local, delta, widths, implementation=implementation)
         local = adapters.add_bias(adapters.rescale(local, row, 0), row, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -476,7 +477,7 @@ def test_unknown_and_unsupported_arguments_are_named(files):
             {"tensor_parallel_size": 3},
             "tensor_parallel_size=3 neither divides num_key_value_heads=2",
         ),
-        ({"tensor_parallel_size": 6}, "tensor_parallel_size=6, but 2 cpu devices"),
+        ({"tensor_parallel_size": 12}, "tensor_parallel_size=12 does not divide"),
         ({"kernel_implementation": "magic"}, "kernel_implementation='magic'"),
         ({"dtype": "int4"}, "dtype='int4'"),
     ],
@@ -487,6 +488,13 @@ def test_sizes_that_cannot_be_are_named(files, options, message, monkeypatch):
         monkeypatch.delattr("jlora.engine.llm_engine.load_model")
     with pytest.raises(ValueError, match=message):
         small_llm(files.model, **options)
+
+
+def test_more_devices_than_there_are(files, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
+    monkeypatch.delattr("jlora.engine.llm_engine.load_model")
+    with pytest.raises(ValueError, match="tensor_parallel_size=6, but 2 cpu devices are visible"):
+        small_llm(files.model, tensor_parallel_size=6)
 
 
 def test_without_tokeniser_and_without_lora(files):

@@ -126,7 +126,10 @@ def test_engine_args_refuse(options, parts):
     violates(lambda: EngineArgs.from_options(**{"model": "m", **options}), *parts)
 
 
-@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"fully_sharded_loras": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"quantization": "int8"}, {"fully_sharded_loras": True, "enable_lora_dora": True}],
+)
 def test_what_is_not_supported_yet_is_refused_by_name(options):
     with pytest.raises(NotImplementedError, match=next(iter(options))):
         EngineArgs("m", **options)

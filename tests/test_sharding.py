@@ -1,0 +1,93 @@
+"""Several devices answer as one does: every family, with more devices than KV heads, too."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import jax
+import pytest
+
+from jlora.manager import pool_rows
+from tests.reference import FAMILIES, Reference, special_kinds
+from tests.test_against_peft import build, engine, every_kind, run_and_compare
+
+# Eight heads, so that eight devices can share them, and fewer KV heads than devices.
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+QUICK = {
+    *(("llama-bias", 4), ("qwen3", 8), ("gemma3", 2), ("phi3", 4), ("olmo2", 8), ("mixtral", 8)),
+    ("qwen3-moe", 4),
+}
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+
+
+def cases(quick, *counts):
+    return [
+        pytest.param(family, devices, marks=() if (family, devices) in quick else pytest.mark.slow)
+        for family in FAMILIES
+        for devices in counts
+    ]
+
+
+@pytest.mark.parametrize(("family", "devices"), cases(QUICK, 2, 4, 8))
+def test_every_family(family, devices, tmp_path):
+    model, adapters = build(tmp_path, family, **WIDE)
+    llm = engine(model, tensor_parallel_size=devices)
+    run_and_compare(llm, Reference(model, adapters), adapters)
+
+
+FULLY = {("llama3", 4), ("qwen3-moe", 2)}
+
+
+@pytest.mark.parametrize(("family", "devices"), cases(FULLY, 2, 8))
+def test_fully_sharded_adapters(family, devices, tmp_path):
+    model, adapters = build(tmp_path, family, **WIDE)
+    llm = engine(model, tensor_parallel_size=devices, fully_sharded_loras=True)
+    run_and_compare(llm, Reference(model, adapters), adapters)
+    pool = llm.llm_engine.runner.pool.state
+    for row in pool_rows(llm.llm_engine.modules, llm.llm_engine.lora_config):
+        for array in (pool.rows[row.name].a, pool.rows[row.name].b):
+            share = array.addressable_shards[0].data.nbytes
+            assert share * (devices if row.shard != "none" else 1) == array.nbytes
+
+
+@pytest.mark.parametrize(
+    ("family", "devices"),
+    [
+        ("llama-bias", 2),
+        pytest.param("llama-bias", 8, marks=pytest.mark.slow),
+        pytest.param("qwen3-moe", 4, marks=pytest.mark.slow),
+        pytest.param("gemma3", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_every_kind(family, devices, tmp_path):
+    wide = {**WIDE, "moe_intermediate_size": 24} if family == "qwen3-moe" else WIDE
+    model, adapters = build(tmp_path, family, special_kinds(family), **wide)
+    llm = every_kind(model, adapters, tensor_parallel_size=devices)
+    run_and_compare(llm, Reference(model, adapters), adapters)
+
+
+def collectives(executable: jax.stages.Compiled) -> Counter:
+    """How often each kind of collective moves which arrays."""
+    pattern = rf"= (\S.*?) ({COLLECTIVES})(?:-start)?\("
+    return Counter((kind, shape) for shape, kind in re.findall(pattern, executable.as_text()))
+
+
+@pytest.mark.parametrize("family", ["llama3", "olmo2", "qwen3-moe"])
+@pytest.mark.parametrize("fully", [False, True])
+def test_collectives_of_adapters(family, fully, tmp_path):
+    """None by default; fully sharded, a sum of h for each projection that devices share."""
+    model, _ = build(tmp_path, family, {}, **WIDE)
+    llm = engine(model, tensor_parallel_size=4, fully_sharded_loras=fully, max_lora_rank=16)
+    runner = llm.llm_engine.runner
+    base, lora = (collectives(runner.compiled("forward", 16, on)) for on in (False, True))
+    assert sum(base.values()) >= 2 * llm.llm_engine.model_config.num_layers
+    added = lora - base
+    assert not base - lora
+    shared = [row for row in runner.pool.specs.rows if row != "router"]
+    if not fully:
+        assert not added
+    else:
+        layers = llm.llm_engine.model_config.num_layers
+        assert sum(added.values()) == layers * len(shared)
+        assert {kind for kind, _ in added} == {"all-reduce"}
