@@ -46,7 +46,7 @@ class Projection:
     (row-parallel; the outputs of the devices are summed), "none" nothing. experts: how many
     matrices of this kind a layer has; 0 for a projection that is not one of experts.
     per_layer: False for the two of the vocabulary, embed_tokens (whose input is a token id, of
-    d_in possible ones) and lm_head.
+    d_in possible ones) and lm_head. multiple: that a device's columns of each piece are padded to.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Projection:
     shard: Literal["out", "in", "none"]
     experts: int = 0
     per_layer: bool = True
+    multiple: int = 1
 
     @property
     def bias(self) -> bool:
@@ -66,7 +67,8 @@ class Projection:
         """Columns of a piece on one device; at least one unit, so few KV heads are on several."""
         if self.shard != "out":
             return piece.width
-        return max(-(-piece.units // shards), 1) * (piece.width // piece.units)
+        width = max(-(-piece.units // shards), 1) * (piece.width // piece.units)
+        return -(-width // self.multiple) * self.multiple
 
     def local_pieces(self, shards: int) -> tuple[int, ...]:
         """Output columns of each piece of all parts on one device."""
@@ -170,6 +172,7 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
 
 
 EMBED, HEAD = "embed_tokens", "lm_head"
+VOCAB_MULTIPLE = 128  # rows of the vocabulary that a device has: a TPU's kernels want whole lanes
 
 
 def vocab_projections(config: ModelConfig, vocab: int) -> tuple[Projection, Projection]:
@@ -177,7 +180,15 @@ def vocab_projections(config: ModelConfig, vocab: int) -> tuple[Projection, Proj
     hidden = config.hidden_size
     return (
         Projection(EMBED, "model", (_part(EMBED, hidden, 1),), vocab, "none", per_layer=False),
-        Projection(HEAD, "", (_part(HEAD, vocab, vocab),), hidden, "out", per_layer=False),
+        Projection(
+            HEAD,
+            "",
+            (_part(HEAD, vocab, vocab),),
+            hidden,
+            "out",
+            per_layer=False,
+            multiple=VOCAB_MULTIPLE,
+        ),
     )
 
 

@@ -10,7 +10,14 @@ import pytest
 
 from jlora.manager import pool_rows
 from tests.reference import FAMILIES, Reference, special_kinds
-from tests.test_against_peft import build, engine, every_kind, run_and_compare
+from tests.test_against_peft import (
+    LENGTH_DEPENDENT,
+    answer_batch,
+    build,
+    engine,
+    every_kind,
+    run_and_compare,
+)
 
 # Eight heads, so that eight devices can share them, and fewer KV heads than devices.
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
@@ -25,6 +32,7 @@ def cases(quick, *counts):
     return [
         pytest.param(family, devices, marks=() if (family, devices) in quick else pytest.mark.slow)
         for family in FAMILIES
+        if family not in LENGTH_DEPENDENT
         for devices in counts
     ]
 
@@ -34,6 +42,19 @@ def test_every_family(family, devices, tmp_path):
     model, adapters = build(tmp_path, family, **WIDE)
     llm = engine(model, tensor_parallel_size=devices)
     run_and_compare(llm, Reference(model, adapters), adapters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("family", LENGTH_DEPENDENT)
+def test_families_whose_rotation_depends_on_the_length(family, devices, tmp_path):
+    """The one-device answers: what those must be is tested elsewhere."""
+    model, adapters = build(tmp_path, family, **WIDE)
+    one, several = (
+        answer_batch(engine(model, tensor_parallel_size=count), adapters) for count in (1, devices)
+    )
+    for (name, prompt, expected), (_, _, found) in zip(one, several, strict=True):
+        assert found.token_ids == expected.token_ids, (name, prompt)
 
 
 FULLY = {("llama3", 4), ("qwen3-moe", 2)}

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jlora.kernels.lora import NO_ADAPTER, LoRADelta, LoRARouting, SlotTable, dot_precision
 
 TOKEN_TILE = 128
+WIDEST_TILE = 1 << 14  # columns that fit into VMEM
 COLUMN_TILE = 4096  # of y in expand
 LANES = 128
 VMEM_BYTES = 64 * 2**20
@@ -288,11 +289,13 @@ def lora_expand_tpu(
     check_dtypes(y=y, b=b)
     (tokens, d_out), (_, _, max_blocks, parts, rank) = y.shape, h.shape
     _check_rank(rank)
-    tile, width, group = min(routing.tile, tokens), min(COLUMN_TILE, d_out), LANES // rank
-    if width < d_out and d_out % LANES:
+    # Tiles of columns begin and end where lanes do; an odd width is one tile.
+    width = d_out if d_out % LANES else min(COLUMN_TILE, d_out)
+    if width > WIDEST_TILE:
         raise NotImplementedError(
-            f"d_out {d_out}; above {COLUMN_TILE} the TPU kernel takes multiples of {LANES}"
+            f"d_out {d_out}; above {WIDEST_TILE} the TPU kernel takes multiples of {LANES}"
         )
+    tile, group = min(routing.tile, tokens), LANES // rank
     work = _work(routing, slots, group)
     # As `lora_shrink_tpu` makes it: XLA drops both transpositions.
     h = jnp.sum(h, axis=0).transpose(1, 0, 2, 3).reshape(max_blocks, tokens, parts * rank)

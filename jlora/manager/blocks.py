@@ -151,7 +151,7 @@ class BlockWrite:
                     scales[layer, expert, part] = weights.scaling
             _place([weights.lora_a[rows] for weights in there], places, a[:, :, part])
             _place([weights.lora_b[:, rows] for weights in there], places, b[:, :, columns])
-        if shards > 1:
+        if shards > 1 or row.stored_width(1) > b.shape[2]:
             b = b[:, :, row.columns(shards)]
         return a, b, scales
 

@@ -11,14 +11,14 @@ from jlora import kernels
 from jlora.config import ModelConfig
 from jlora.model.adapters import TokenAdapters, TokenRows
 from jlora.model.layers import AXIS
-from jlora.projections import EMBED, HEAD, Feature
+from jlora.projections import EMBED, HEAD, Feature, vocab_projections
 
 OWN_ROWS_AT_ONCE = 1 << 24  # numbers of adapters' own rows that are gathered for logits at once
 
 
 def stored_vocab(config: ModelConfig, shards: int) -> int:
     """Vocabulary rows, those that adapters may add too, padded so that every device has as many."""
-    return -(-config.total_vocab // shards) * shards
+    return vocab_projections(config, config.total_vocab)[1].stored_width(shards)
 
 
 class Embedding(nnx.Module):

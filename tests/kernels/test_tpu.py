@@ -173,6 +173,7 @@ LLAMA_8B = {  # d_in, part_widths
     "gate_up": (4096, (14336, 14336)),
     "down": (14336, (4096,)),
 }
+ODD = {"qwen2.5-72b, 4 devices": (8192, (7392, 7392)), "vocabulary": (4096, (32128,))}
 MODELS = {  # heads, kv_heads, head_dim, options
     "llama-8b": (32, 8, 128, {}),
     "smollm-135m": (9, 3, 64, {}),
@@ -233,6 +234,14 @@ def compiles_in_place(chip, function, *shapes, donated: tuple[int, ...], whole: 
 )
 def test_lora_compiles_for_serving(tokens, projection, chip):
     d_in, part_widths = LLAMA_8B[projection]
+    function, shapes = functools.partial(lora, part_widths), lora_shapes(tokens, d_in, part_widths)
+    compiles_in_place(chip, function, *shapes, donated=(1,), whole=(2, 3))
+
+
+@pytest.mark.parametrize("projection", ODD)
+@pytest.mark.parametrize("tokens", [8, pytest.param(2048, marks=pytest.mark.slow)])
+def test_lora_of_odd_widths_compiles(tokens, projection, chip):
+    d_in, part_widths = ODD[projection]
     function, shapes = functools.partial(lora, part_widths), lora_shapes(tokens, d_in, part_widths)
     compiles_in_place(chip, function, *shapes, donated=(1,), whole=(2, 3))
 
