@@ -21,6 +21,13 @@ from tests.test_against_peft import (
 
 # Eight heads, so that eight devices can share them, and fewer KV heads than devices.
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+WIDE_OF = {
+    # The head size of this one is hidden_size / num_attention_heads.
+    "olmoe": {**WIDE, "head_dim": None, "hidden_size": 64},
+    # These have factors for each turned pair of a head's numbers.
+    "llama-longrope": {**WIDE, "head_dim": 16},
+    "phi3-longrope": {**WIDE, "hidden_size": 64},
+}
 QUICK = {
     *(("llama-bias", 4), ("qwen3", 8), ("gemma3", 2), ("phi3", 4), ("olmo2", 8), ("mixtral", 8)),
     ("qwen3-moe", 4),
@@ -39,7 +46,7 @@ def cases(quick, *counts):
 
 @pytest.mark.parametrize(("family", "devices"), cases(QUICK, 2, 4, 8))
 def test_every_family(family, devices, tmp_path):
-    model, adapters = build(tmp_path, family, **WIDE)
+    model, adapters = build(tmp_path, family, **WIDE_OF.get(family, WIDE))
     llm = engine(model, tensor_parallel_size=devices)
     run_and_compare(llm, Reference(model, adapters), adapters)
 
@@ -49,9 +56,10 @@ def test_every_family(family, devices, tmp_path):
 @pytest.mark.parametrize("family", LENGTH_DEPENDENT)
 def test_families_whose_rotation_depends_on_the_length(family, devices, tmp_path):
     """The one-device answers: what those must be is tested elsewhere."""
-    model, adapters = build(tmp_path, family, **WIDE)
+    model, adapters = build(tmp_path, family, **WIDE_OF.get(family, WIDE))
     one, several = (
-        answer_batch(engine(model, tensor_parallel_size=count), adapters) for count in (1, devices)
+        answer_batch(engine(model, tensor_parallel_size=count), adapters, limit=170)
+        for count in (1, devices)
     )
     for (name, prompt, expected), (_, _, found) in zip(one, several, strict=True):
         assert found.token_ids == expected.token_ids, (name, prompt)
@@ -62,7 +70,7 @@ FULLY = {("llama3", 4), ("qwen3-moe", 2)}
 
 @pytest.mark.parametrize(("family", "devices"), cases(FULLY, 2, 8))
 def test_fully_sharded_adapters(family, devices, tmp_path):
-    model, adapters = build(tmp_path, family, **WIDE)
+    model, adapters = build(tmp_path, family, **WIDE_OF.get(family, WIDE))
     llm = engine(model, tensor_parallel_size=devices, fully_sharded_loras=True)
     run_and_compare(llm, Reference(model, adapters), adapters)
     pool = llm.llm_engine.runner.pool.state
