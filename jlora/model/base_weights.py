@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors import safe_open
 
 from jlora.config import ModelConfig
-from jlora.model.loading import EMBED, HEAD, LoadedModel, find_checkpoint
+from jlora.model.loading import LoadedModel
+from jlora.model.safetensors_checkpoint import SafetensorsCheckpoint, find_checkpoint
+from jlora.model.weight_table import EMBED, HEAD
 
 
 class BaseWeights:
@@ -36,17 +36,11 @@ class BaseWeights:
             name = EMBED
         if self._made_up is not None:
             return self._from_device(self._made_up, name)
-        with safe_open(self._files[name], "numpy") as file:
-            return file.get_tensor(name)
+        return self._checkpoint.tensor(name)
 
     @functools.cached_property
-    def _files(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        found: dict[str, Path] = {}
-        for path in find_checkpoint(self._model, self._revision):
-            with safe_open(path, "numpy") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+    def _checkpoint(self) -> SafetensorsCheckpoint:
+        return SafetensorsCheckpoint(find_checkpoint(self._model, self._revision), self._config)
 
     def _from_device(self, loaded: LoadedModel, name: str) -> np.ndarray:
         rows = {EMBED: "embed_tokens", HEAD: "lm_head"}
