@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from jlora.config import ModelConfig
-from jlora.model.loading import LoadedModel
-from jlora.model.safetensors_checkpoint import SafetensorsCheckpoint, find_checkpoint
+from jlora.model.loading import Checkpoint, LoadedModel, open_checkpoint
 from jlora.model.weight_table import EMBED, HEAD
 
 
@@ -21,11 +20,12 @@ class BaseWeights:
         config: ModelConfig,
         model: str,
         revision: str | None,
+        load_format: str = "auto",
         made_up: LoadedModel | None = None,
     ) -> None:
         """made_up: the weights themselves, when there is no checkpoint."""
-        self._config, self._model, self._revision = config, model, revision
-        self._made_up = made_up
+        self._config, self._made_up = config, made_up
+        self._where = model, config, revision, load_format
 
     def __call__(self, name: str) -> np.ndarray:
         """The tensor as it is in the checkpoint; lm_head.weight of a tied model is the embedding.
@@ -39,8 +39,8 @@ class BaseWeights:
         return self._checkpoint.tensor(name)
 
     @functools.cached_property
-    def _checkpoint(self) -> SafetensorsCheckpoint:
-        return SafetensorsCheckpoint(find_checkpoint(self._model, self._revision), self._config)
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(*self._where)
 
     def _from_device(self, loaded: LoadedModel, name: str) -> np.ndarray:
         rows = {EMBED: "embed_tokens", HEAD: "lm_head"}

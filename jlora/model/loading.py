@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -15,10 +17,42 @@ from tqdm import tqdm
 from jlora.config import ModelConfig
 from jlora.model.decoder import Decoder
 from jlora.model.layers import AXIS
+from jlora.model.orbax_checkpoint import FOLDER, OrbaxCheckpoint, has_orbax_weights
 from jlora.model.safetensors_checkpoint import SafetensorsCheckpoint, find_checkpoint
 from jlora.model.weight_table import Path_, Weight, weight_table
 
 T = TypeVar("T")
+
+
+class Checkpoint(Protocol):
+    """Where weights are read from."""
+
+    def faults(self, table: list[Weight]) -> list[str]:
+        """Everything in which it does not fit the table; reads no numbers for that."""
+
+    def array(self, weight: Weight, dtype: str, mesh: Mesh) -> jax.Array:
+        """A weight as it is stored, divided among the devices."""
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor by Hugging Face's name, in its layout; KeyError when there is none."""
+
+
+def open_checkpoint(
+    model: str, config: ModelConfig, revision: str | None, load_format: str
+) -> Checkpoint:
+    """The weights of a folder or Hub repository.
+
+    load_format: "safetensors", "orbax" (what `convert_model` writes), or "auto": a folder with a
+    conversion in it is read as one, everything else as safetensors.
+    """
+    folder = Path(model)
+    if load_format == "orbax" and not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=[f"{FOLDER}/*"]))
+    if load_format == "orbax" or (load_format == "auto" and has_orbax_weights(folder)):
+        return OrbaxCheckpoint(folder, config)
+    return SafetensorsCheckpoint(find_checkpoint(model, revision), config)
 
 
 class LoadedModel(NamedTuple):
@@ -53,12 +87,14 @@ def load_model(
     mesh: Mesh,
     *,
     revision: str | None = None,
+    load_format: str = "auto",
     dummy_seed: int | None = None,
     progress: bool = True,
 ) -> LoadedModel:
     """Loads a model onto the devices of a mesh.
 
-    model: a folder or Hub repository with safetensors. dummy_seed: random weights instead.
+    model: a folder or Hub repository. load_format: see `open_checkpoint`. dummy_seed: random
+    weights instead.
     """
     shards = mesh.shape[AXIS]
     table = weight_table(config, shards)
@@ -69,8 +105,8 @@ def load_model(
     if dummy_seed is not None:
         arrays = _random_weights(table, shapes, mesh, dummy_seed, config.norm_offset, progress)
     else:
-        checkpoint = SafetensorsCheckpoint(find_checkpoint(model, revision), config)
-        arrays = _read_weights(table, config, checkpoint, mesh, progress)
+        checkpoint = open_checkpoint(model, config, revision, load_format)
+        arrays = read_weights(table, config, checkpoint, mesh, progress)
     specs = {weight.path: weight.spec for weight in table}
     return LoadedModel(graph, _as_state(empty, arrays), _as_state(empty, specs))
 
@@ -114,10 +150,10 @@ def _bar(items: Iterable[T], text: str, progress: bool) -> Iterable[T]:
     return tqdm(items, desc=text, disable=not progress, leave=False, dynamic_ncols=True)
 
 
-def _read_weights(
+def read_weights(
     table: list[Weight],
     config: ModelConfig,
-    checkpoint: SafetensorsCheckpoint,
+    checkpoint: Checkpoint,
     mesh: Mesh,
     progress: bool,
 ) -> dict[Path_, jax.Array]:
