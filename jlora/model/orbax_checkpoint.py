@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jlora.config import ModelConfig
-from jlora.model.weight_table import Weight, swapped, weight_table
+from jlora.model.weight_table import Weight, empty_part, swapped, weight_table
 from jlora.orbax_files import OrbaxFiles, is_orbax_checkpoint
 
 FOLDER = "weights"
@@ -80,9 +80,7 @@ class OrbaxCheckpoint:
             ((slice(None),) * axis + (place,), (*index[:axis], rows, *index[axis + 1 :]))
             for place, rows in weight.runs(index[axis])
         ]
-        shape = weight.stored_shape
-        sizes = [len(range(*at.indices(n))) for at, n in zip(index, shape, strict=True)]
-        part = np.empty(sizes, array.dtype)
+        part = empty_part(weight.stored_shape, index, array.dtype)
         array.read_into([(part[place], source) for place, source in parts])
         return part
 

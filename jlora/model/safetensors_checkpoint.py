@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from jlora.config import ModelConfig
-from jlora.model.weight_table import EMBED, HEAD, Weight, swapped
+from jlora.model.weight_table import EMBED, HEAD, Weight, empty_part, swapped
 
 # Buffers that old checkpoints hold and the model computes.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq")
@@ -168,12 +168,8 @@ class SafetensorsCheckpoint:
         dtype = _FLOATS[dtypes.pop()] if len(dtypes) == 1 else np.float32
         if dtype == np.float64:  # which a device has not
             dtype = np.float32
-        sizes = [
-            len(range(*at.indices(size)))
-            for at, size in zip(index, weight.ordered_shape, strict=True)
-        ]
         axis = weight.rows_axis
-        part = np.empty(sizes, dtype)
+        part = empty_part(weight.ordered_shape, index, dtype)
         if sum(source.shape[0] for source in weight.sources) < weight.shape[0]:
             part[:] = 0  # a bias of some parts only
         for source, place, rows in weight.pieces(index[axis]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from jlora.projections import ModuleMap, Part, Piece, Projection, layer_norms
 
 Path_ = tuple[Any, ...]
 WHOLE = PartitionSpec()  # every device has all of it
+_ALIGNMENT = 64
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -98,6 +100,18 @@ def swapped(axes: Any) -> Any:
     """A shape or PartitionSpec with its last two axes exchanged."""
     exchanged = (*axes[:-2], axes[-1], axes[-2])
     return PartitionSpec(*exchanged) if isinstance(axes, PartitionSpec) else exchanged
+
+
+def empty_part(shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """Memory for a part of an array, which holds anything.
+
+    It is aligned so that a CPU device takes it over without a copy.
+    """
+    sizes = [len(range(*at.indices(size))) for at, size in zip(index, shape, strict=True)]
+    nbytes = math.prod(sizes) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(sizes)
 
 
 def weight_table(config: ModelConfig, shards: int) -> list[Weight]:
