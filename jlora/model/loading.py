@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -22,19 +21,8 @@ from jlora.model.safetensors_checkpoint import SafetensorsCheckpoint, find_check
 from jlora.model.weight_table import Path_, Weight, weight_table
 
 T = TypeVar("T")
-
-
-class Checkpoint(Protocol):
-    """Where weights are read from."""
-
-    def faults(self, table: list[Weight]) -> list[str]:
-        """Everything in which it does not fit the table; reads no numbers for that."""
-
-    def array(self, weight: Weight, dtype: str, mesh: Mesh) -> jax.Array:
-        """A weight as it is stored, divided among the devices."""
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor by Hugging Face's name, in its layout; KeyError when there is none."""
+# Both have faults(table), array(weight, dtype, mesh) and tensor(name).
+Checkpoint = SafetensorsCheckpoint | OrbaxCheckpoint
 
 
 def open_checkpoint(
