@@ -1,4 +1,4 @@
-"""The command line: `jlora generate` and `jlora demo`."""
+"""The command line: `jlora generate`, `jlora convert`, `jlora export-adapter`, `jlora demo`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ standard input. Answers are JSON lines in the order of the prompts. What the ada
 fewer.
 
   jlora generate MODEL "Hello" --lora sql=path/to/adapter --use sql
+"""
+CONVERT_HELP = """\
+Writes MODEL with its weights packed, as an Orbax checkpoint, into OUT, with its configuration and
+tokeniser. It can then be loaded by LLM(model=OUT), on any number of devices, each of which reads
+only its part. The host holds all weights while they are written.
 """
 SAMPLING = {
     "n": int,
@@ -85,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--enforce-eager", action="store_true", help="compile on first use")
     _add_options(generate, "sampling", SAMPLING)
     _add_options(generate, "engine", ENGINE)
+    convert = commands.add_parser(
+        "convert", help="write a model's weights ready for loading", description=CONVERT_HELP
+    )
+    convert.add_argument("model", help="a folder or Hub repository with safetensors")
+    convert.add_argument("out", type=Path, help="a folder, which does not exist or is empty")
+    convert.add_argument("--dtype", default="auto", help="of the weights (default: the model's)")
+    convert.add_argument("--revision", help="of a Hub repository")
     demo = commands.add_parser("demo", help="one mixed batch of the adapters that ship with jlora")
     demo.add_argument("text", nargs="*", help="one or two lower-case words (default: random ones)")
     demo.add_argument("--count", type=int, default=3, help="random texts, when none are given")
@@ -104,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return {"generate": _generate, "demo": _demo}[args.command](args)
+        return {"generate": _generate, "convert": _convert, "demo": _demo}[args.command](args)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         print(f"jlora: {error}", file=sys.stderr)
         return 2
@@ -209,6 +221,17 @@ def _record(output: Any) -> dict[str, Any]:
     lora = output.lora_request
     prompt = {} if output.prompt is None else {"prompt": output.prompt}
     return {**prompt, "lora": None if lora is None else lora.lora_name, "outputs": answers}
+
+
+# -- convert -------------------------------------------------------------------------------
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from jlora.model import convert_model
+
+    convert_model(args.model, args.out, dtype=args.dtype, revision=args.revision)
+    print(f"{args.out} holds the weights of {args.model}")
+    return 0
 
 
 # -- demo ----------------------------------------------------------------------------------

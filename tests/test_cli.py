@@ -124,3 +124,20 @@ def test_unknown_options_are_named(capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(ASSETS / "base"), "x", "--beam-width=4"])
     assert "--beam-width=4" in capsys.readouterr().err
+
+
+def test_a_converted_model_answers_alike(capsys, tmp_path):
+    out = tmp_path / "converted"
+    assert main(["convert", str(ASSETS / "base"), str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert main(["generate", str(out), "hello =", lora("upper"), "--use=upper", *SMALL]) == 0
+    assert texts([json.loads(capsys.readouterr().out)]) == ["HELLO"]
+
+
+def test_a_conversion_that_is_refused_says_why(capsys, tmp_path):
+    (tmp_path / "mine").write_text("")
+    assert main(["convert", str(ASSETS / "base"), str(tmp_path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main(["convert", str(ASSETS / "base"), str(tmp_path / "out"), "--dtype=int8"]) == 2
+    assert "int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
