@@ -19,6 +19,11 @@ _CUSTOM_METADATA = "_CHECKPOINT_METADATA"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 _LARGEST_METADATA = 1 << 27
 _NODES = 1 << 26  # bytes of an OCDBT's tree that are kept
+_FAILURES = (ValueError, OSError, RuntimeError, LookupError)  # of tensorstore
+
+
+class OrbaxError(ValueError):
+    """A checkpoint, or a part of it, that cannot be read."""
 
 
 def is_orbax_checkpoint(folder: Path) -> bool:
@@ -35,7 +40,7 @@ class StoredArray:
         self.shape = tuple(store.shape)
         chunk = store.chunk_layout.read_chunk.shape or self.shape
         if any(one > max(size, 1) for one, size in zip(chunk, self.shape, strict=True)):
-            raise ValueError(f"array {name}: its chunks {list(chunk)} are larger than it is")
+            raise OrbaxError(f"array {name}: its chunks {list(chunk)} are larger than it is")
 
     @property
     def dtype(self) -> Any:
@@ -46,11 +51,11 @@ class StoredArray:
             return self._store.dtype.name
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """A part, read from the chunks that it lies in. Raises ValueError when one is missing."""
+        """A part, read from the chunks that it lies in. Raises OrbaxError when one is missing."""
         try:
             return np.asarray(self._store[index].read().result())
-        except (ValueError, OSError) as error:
-            raise ValueError(f"array {self._name} cannot be read: {_line(error)}") from error
+        except _FAILURES as error:
+            raise OrbaxError(f"array {self._name} cannot be read: {_line(error)}") from error
 
     def read_into(self, parts: list[tuple[np.ndarray, Any]]) -> None:
         """Reads several parts, each into an array (repeated where that is wider)."""
@@ -62,15 +67,15 @@ class StoredArray:
             ]
             for write in writes:
                 write.result()
-        except (ValueError, OSError) as error:
-            raise ValueError(f"array {self._name} cannot be read: {_line(error)}") from error
+        except _FAILURES as error:
+            raise OrbaxError(f"array {self._name} cannot be read: {_line(error)}") from error
 
 
 class OrbaxFiles(Mapping[tuple[str, ...], StoredArray]):
     """The arrays of a checkpoint by their paths in what was saved: ("layers", "0", "weight")."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what there is, no numbers. Raises ValueError for what is no checkpoint."""
+        """Reads what there is, no numbers. Raises OrbaxError for what is no checkpoint."""
         self.folder = folder
         metadata = _json(folder / METADATA_NAME)
         try:
@@ -80,7 +85,7 @@ class OrbaxFiles(Mapping[tuple[str, ...], StoredArray]):
             }
             empty = [path for path, value in keys.items() if value.get("skip_deserialize")]
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / METADATA_NAME} is not Orbax's: {error!r}") from error
+            raise OrbaxError(f"{folder / METADATA_NAME} is not Orbax's: {error!r}") from error
         names = {path: ".".join(path) for path in keys if path not in empty}
         self._arrays = _open(folder, names, metadata)
 
@@ -107,9 +112,9 @@ def _json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {_LARGEST_METADATA} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {_line(error)}") from error
+        raise OrbaxError(f"{path} is not readable JSON: {_line(error)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise OrbaxError(f"{path} is not a JSON object")
     return found
 
 
@@ -143,11 +148,11 @@ def _open(
     for path, future in opening.items():
         try:
             arrays[path] = StoredArray(names[path], future.result())
-        except (ValueError, OSError) as error:
+        except _FAILURES as error:
             faults.append(f"{names[path]}: {_line(error)}")
     if faults:
         listed = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
-        raise ValueError(f"{folder} holds arrays that cannot be read:\n  {listed}")
+        raise OrbaxError(f"{folder} holds arrays that cannot be read:\n  {listed}")
     return arrays
 
 
