@@ -93,7 +93,13 @@ def read_orbax(folder: Path, adapter: str) -> tuple[dict[str, Any], dict[str, Or
             if name in tensors:
                 raise AdapterError(f"{adapter}: {name} is there twice, as {'.'.join(keys)} too")
             tensors[name] = tensor
-    return {**_from_arrays(given, tensors), **given}, tensors
+    config = {**_from_arrays(given, tensors), **given}
+    if "r" not in config:
+        raise AdapterError(
+            f"{adapter}: none of its arrays is a lora_a, from which its rank would follow; found "
+            f"{sorted(tensors)[:10]}"
+        )
+    return config, tensors
 
 
 def _config(folder: Path, adapter: str) -> dict[str, Any]:
