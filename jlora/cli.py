@@ -1,4 +1,4 @@
-"""The command line: `jlora generate` and `jlora demo`."""
+"""The command line: `jlora generate`, `jlora convert`, `jlora export-adapter`, `jlora demo`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ standard input. Answers are JSON lines in the order of the prompts. What the ada
 fewer.
 
   jlora generate MODEL "Hello" --lora sql=path/to/adapter --use sql
+"""
+CONVERT_HELP = """\
+Writes MODEL with its weights packed, as an Orbax checkpoint, into OUT, with its configuration and
+tokeniser. It can then be loaded by LLM(model=OUT), on any number of devices, each of which reads
+only its part. The host holds all weights while they are written.
+"""
+EXPORT_HELP = """\
+Writes any adapter that jlora reads (PEFT's, or an Orbax checkpoint of a JAX trainer) as
+adapter_config.json and adapter_model.safetensors into OUT, which PEFT loads.
 """
 SAMPLING = {
     "n": int,
@@ -85,6 +94,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--enforce-eager", action="store_true", help="compile on first use")
     _add_options(generate, "sampling", SAMPLING)
     _add_options(generate, "engine", ENGINE)
+    convert = commands.add_parser(
+        "convert", help="write a model's weights ready for loading", description=CONVERT_HELP
+    )
+    convert.add_argument("model", help="a folder or Hub repository with safetensors")
+    convert.add_argument("out", type=Path, help="a folder, which does not exist or is empty")
+    convert.add_argument("--dtype", default="auto", help="of the weights (default: the model's)")
+    convert.add_argument("--revision", help="of a Hub repository")
+    export = commands.add_parser(
+        "export-adapter", help="write an adapter as PEFT does", description=EXPORT_HELP
+    )
+    export.add_argument("adapter", help="a folder or Hub repository")
+    export.add_argument("out", type=Path, help="a folder, which does not exist or is empty")
+    export.add_argument("--model", help="check first that the adapter fits this model")
     demo = commands.add_parser("demo", help="one mixed batch of the adapters that ship with jlora")
     demo.add_argument("text", nargs="*", help="one or two lower-case words (default: random ones)")
     demo.add_argument("--count", type=int, default=3, help="random texts, when none are given")
@@ -104,7 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return {"generate": _generate, "demo": _demo}[args.command](args)
+        run = {
+            "generate": _generate,
+            "convert": _convert,
+            "export-adapter": _export,
+            "demo": _demo,
+        }
+        return run[args.command](args)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         print(f"jlora: {error}", file=sys.stderr)
         return 2
@@ -209,6 +237,39 @@ def _record(output: Any) -> dict[str, Any]:
     lora = output.lora_request
     prompt = {} if output.prompt is None else {"prompt": output.prompt}
     return {**prompt, "lora": None if lora is None else lora.lora_name, "outputs": answers}
+
+
+# -- convert, export-adapter ---------------------------------------------------------------
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from jlora.model import convert_model
+
+    convert_model(args.model, args.out, dtype=args.dtype, revision=args.revision)
+    print(f"{args.out} holds the weights of {args.model}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from jlora.manager import export_adapter
+
+    if args.model is not None:
+        _check_fit(args.adapter, args.model)
+    export_adapter(args.adapter, args.out)
+    print(f"{args.out} holds the adapter of {args.adapter}")
+    return 0
+
+
+def _check_fit(adapter: str, model: str) -> None:
+    """Raises AdapterError for an adapter that is not of this model."""
+    from jlora import LoRARequest
+    from jlora.manager import UNLIMITED, AdapterLoader
+    from jlora.model import BaseWeights, load_hf_config, model_config
+    from jlora.projections import ModuleMap
+
+    config = model_config(load_hf_config(model))
+    loader = AdapterLoader(ModuleMap(config), UNLIMITED, BaseWeights(config, model, None))
+    loader.load(LoRARequest(Path(adapter).name, 1, adapter))
 
 
 # -- demo ----------------------------------------------------------------------------------

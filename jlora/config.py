@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 LORA_BLOCK_RANK = 16  # fills one bf16 tile of a TPU, the least width of a GPU's matrix unit
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+# "auto" takes what it finds; "orbax" is what `jlora convert` writes; "dummy" makes random weights.
+LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 
 
 def resolve_dtype(name: Any, argument: str, auto: str) -> str:
@@ -336,9 +338,10 @@ class EngineArgs:
             raise ValueError(f"model must be a folder or a Hub repository, not {self.model!r}")
         if self.quantization:
             raise NotImplementedError(f"quantization={self.quantization!r} is not supported yet")
-        if self.load_format not in ("auto", "safetensors", "dummy"):
+        if self.load_format not in LOAD_FORMATS:
             raise ValueError(
-                f"load_format={self.load_format!r} is not supported; use auto, safetensors or dummy"
+                f"load_format={self.load_format!r} is not supported; use one of "
+                f"{', '.join(LOAD_FORMATS)}"
             )
         for name in ("enforce_eager", "skip_tokenizer_init", "enable_lora"):
             require_bool(name, getattr(self, name))

@@ -6,7 +6,9 @@ import io
 import json
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
 import jlora
 from jlora.cli import main
@@ -124,3 +126,31 @@ def test_unknown_options_are_named(capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(ASSETS / "base"), "x", "--beam-width=4"])
     assert "--beam-width=4" in capsys.readouterr().err
+
+
+def test_a_converted_model_with_an_adapter_of_a_jax_trainer(capsys, tmp_path):
+    out = tmp_path / "converted"
+    assert main(["convert", str(ASSETS / "base"), str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    arrays = load_file(ASSETS / "adapters" / "upper" / "adapter_model.safetensors")
+    config = json.loads((ASSETS / "adapters" / "upper" / "adapter_config.json").read_text())
+    orbax = tmp_path / "upper"
+    orbax.mkdir()
+    (orbax / "jlora_adapter.json").write_text(json.dumps({"lora_alpha": config["lora_alpha"]}))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = {
+            name.removeprefix("base_model.model.").removesuffix(".weight").lower(): array.T
+            for name, array in arrays.items()
+        }
+        checkpointer.save(orbax / "adapter", ocp.args.PyTreeSave(tree))
+    assert main(["generate", str(out), "hello =", f"--lora=up={orbax}", "--use=up", *SMALL]) == 0
+    assert texts([json.loads(capsys.readouterr().out)]) == ["HELLO"]
+
+
+def test_a_conversion_that_is_refused_says_why(capsys, tmp_path):
+    (tmp_path / "mine").write_text("")
+    assert main(["convert", str(ASSETS / "base"), str(tmp_path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main(["convert", str(ASSETS / "base"), str(tmp_path / "out"), "--dtype=int8"]) == 2
+    assert "int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -76,13 +76,19 @@ class LLMEngine(AdapterMethods):
         self.inputs = InputProcessor(args, model)
         seed = args.seed if args.load_format == "dummy" else None
         weights = load_model(
-            model, args.model, mesh, revision=args.revision, dummy_seed=seed, progress=progress
+            model,
+            args.model,
+            mesh,
+            revision=args.revision,
+            load_format=args.load_format,
+            dummy_seed=seed,
+            progress=progress,
         )
         self.lora: TieredLoRAManager | None = None
         pool, staged, shards = None, 0, args.tensor_parallel_size
         if self.lora_config is not None:
             made_up = None if seed is None else weights
-            base = BaseWeights(model, args.model, args.revision, made_up)
+            base = BaseWeights(model, args.model, args.revision, args.load_format, made_up)
             dtype = self._pool_dtype(implementation)
             pool = AdapterPool(self.modules, self.lora_config, dtype, mesh, weights, base)
             staged = staged_bytes(self.modules, self.lora_config, dtype, shards)

@@ -70,7 +70,9 @@ def lora_limits(args: EngineArgs, model: ModelConfig) -> LoRAConfig | None:
     if not args.lora_modules:
         return config
     modules = ModuleMap(model)
-    base = None if args.load_format == "dummy" else BaseWeights(model, args.model, args.revision)
+    base = None
+    if args.load_format != "dummy":
+        base = BaseWeights(model, args.model, args.revision, args.load_format)
     limits = dataclasses.replace(
         UNLIMITED,
         lora_dtype=config.lora_dtype,

@@ -9,6 +9,7 @@ from jlora.manager.blocks import (
     pool_rows,
     row_blocks,
 )
+from jlora.manager.export import export_adapter
 from jlora.manager.features import (
     FeatureWrite,
     feature_rows,
@@ -67,6 +68,7 @@ __all__ = [
     "WorkerLoRAManager",
     "Write",
     "blocks_needed",
+    "export_adapter",
     "feature_rows",
     "feature_writes",
     "fitted",

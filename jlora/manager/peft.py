@@ -1,4 +1,4 @@
-"""The files of an adapter that PEFT saved: where they are, and what is in them.
+"""The files of an adapter, as PEFT or a JAX trainer saved it: where they are, what is in them.
 
 Tensors are read lazily: names, shapes and dtypes first, so that a file that does not fit costs
 nothing.
@@ -22,9 +22,11 @@ import numpy as np
 from safetensors import SafetensorError
 
 from jlora.errors import AdapterError
+from jlora.manager.orbax_adapter import orbax_file_names, orbax_folder, read_orbax
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.peft_values import CONFIG_NAME
 from jlora.manager.safetensors_file import DTYPES, SafetensorsFile
+from jlora.orbax_files import OrbaxError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -101,18 +103,31 @@ def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
         ) from error
 
 
-def read_config(folder: Path, adapter: str) -> PEFTHelper:
-    """The configuration of an adapter folder."""
+def is_orbax(folder: Path) -> bool:
+    """Whether a folder's adapter is an Orbax checkpoint (PEFT's files win)."""
+    return not (folder / CONFIG_NAME).exists() and orbax_folder(folder) is not None
+
+
+def adapter_config(folder: Path, adapter: str) -> dict[str, Any]:
+    """What adapter_config.json of a folder holds, or would hold, had PEFT saved it."""
+    if is_orbax(folder):
+        return read_orbax(folder, adapter)[0]
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise AdapterError(f"{adapter}: {folder} has no {CONFIG_NAME}")
+        raise AdapterError(
+            f"{adapter}: {folder} has no {CONFIG_NAME}, and is no Orbax checkpoint (of one step)"
+        )
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{adapter}: {path} is not readable JSON: {error}") from error
-    return PEFTHelper.from_dict(config, adapter)
+
+
+def read_config(folder: Path, adapter: str) -> PEFTHelper:
+    """The configuration of an adapter folder."""
+    return PEFTHelper.from_dict(adapter_config(folder, adapter), adapter)
 
 
 @contextlib.contextmanager
@@ -121,8 +136,17 @@ def open_adapter(
 ) -> Iterator[tuple[PEFTHelper, Mapping[str, TensorLike]]]:
     """The configuration of an adapter folder and its tensors, to be read inside the context.
 
-    empty: gives so many bytes of memory for them, uint8.
+    empty: gives so many bytes of memory for them, uint8. What is in an Orbax checkpoint has the
+    names and shapes with which PEFT would have saved it.
     """
+    if is_orbax(folder):
+        config, arrays = read_orbax(folder, adapter)
+        helper = PEFTHelper.from_dict(config, adapter)
+        try:
+            yield helper, arrays
+        except OrbaxError as error:
+            raise AdapterError(f"{adapter}: {folder}: {error}") from error
+        return
     helper = read_config(folder, adapter)
     safe, pickled = folder / WEIGHTS_NAME, folder / PICKLE_NAME
     if safe.is_file() or not pickled.is_file():
@@ -175,10 +199,15 @@ def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
+def _files(folder: Path) -> list[str]:
+    """Names of the files that an adapter may be made of."""
+    return [*_FILES, *(orbax_file_names(folder) if is_orbax(folder) else ())]
+
+
 def file_fingerprint(folder: Path) -> str:
     """Changes when the adapter's files do: a digest of their names, sizes and times."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
-    for name in _FILES:
+    for name in _files(folder):
         try:
             stat = (folder / name).stat()
             digest.update(
@@ -195,7 +224,7 @@ def folder_hash(folder: Path, executor: Executor) -> Callable[[], str]:
     Starts to hash pieces of them in the executor; the name is what the result returns.
     """
     digest, pieces = hashlib.sha256(), []
-    for name in _FILES:
+    for name in _files(folder):
         path = folder / name
         try:
             size = path.stat().st_size

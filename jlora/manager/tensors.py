@@ -42,7 +42,7 @@ _KINDS = {
     ".weight": "weight",
     ".bias": "bias",
 }
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _IN_MEMORY = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_velora_embed|"
     r"trainable_tokens_delta|modules_to_save)\.(?!weight$|bias$)[^.]+(\.weight|\.bias|)$"
@@ -73,7 +73,7 @@ def by_module(tensors: Mapping[str, TensorLike], adapter: str) -> Modules:
     modules: Modules = {}
     for key, data in tensors.items():
         suffix = next((one for one in _KINDS if key.endswith(one)), "")
-        module = key.removeprefix(_PREFIX).removesuffix(suffix)
+        module = key.removeprefix(PREFIX).removesuffix(suffix)
         if not suffix or not module or not module.isprintable() or len(key) > _LONGEST_NAME:
             raise AdapterError(
                 f"{adapter}: tensor {key[:300]!r} is not supported; expected "

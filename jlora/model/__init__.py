@@ -2,6 +2,7 @@
 
 from jlora.model.adapters import AdapterState, RowPool, TokenAdapters, TokenRows
 from jlora.model.base_weights import BaseWeights
+from jlora.model.convert import convert_model
 from jlora.model.decoder import Decoder
 from jlora.model.hf_config import load_hf_config, model_config
 from jlora.model.layers import AXIS, StepContext
@@ -19,6 +20,7 @@ __all__ = [
     "StepContext",
     "TokenAdapters",
     "TokenRows",
+    "convert_model",
     "describe_model",
     "load_hf_config",
     "load_model",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors import safe_open
 
 from jlora.config import ModelConfig
-from jlora.model.loading import EMBED, HEAD, LoadedModel, find_checkpoint
+from jlora.model.loading import Checkpoint, LoadedModel, open_checkpoint
+from jlora.model.weight_table import EMBED, HEAD
 
 
 class BaseWeights:
@@ -21,11 +20,12 @@ class BaseWeights:
         config: ModelConfig,
         model: str,
         revision: str | None,
+        load_format: str = "auto",
         made_up: LoadedModel | None = None,
     ) -> None:
         """made_up: the weights themselves, when there is no checkpoint."""
-        self._config, self._model, self._revision = config, model, revision
-        self._made_up = made_up
+        self._config, self._made_up = config, made_up
+        self._where = model, config, revision, load_format
 
     def __call__(self, name: str) -> np.ndarray:
         """The tensor as it is in the checkpoint; lm_head.weight of a tied model is the embedding.
@@ -36,17 +36,11 @@ class BaseWeights:
             name = EMBED
         if self._made_up is not None:
             return self._from_device(self._made_up, name)
-        with safe_open(self._files[name], "numpy") as file:
-            return file.get_tensor(name)
+        return self._checkpoint.tensor(name)
 
     @functools.cached_property
-    def _files(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        found: dict[str, Path] = {}
-        for path in find_checkpoint(self._model, self._revision):
-            with safe_open(path, "numpy") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(*self._where)
 
     def _from_device(self, loaded: LoadedModel, name: str) -> np.ndarray:
         rows = {EMBED: "embed_tokens", HEAD: "lm_head"}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jlora.model import AXIS, load_hf_config, load_model, model_config
+from jlora.model.safetensors_checkpoint import FileTensor
+from jlora.model.weight_table import Weight, weight_table
 from tests.reference import make_model
 
 
@@ -156,3 +160,68 @@ def test_two_devices_hold_the_same_weights(original, config):
     for first, second in zip(leaves(one), leaves(two), strict=True):
         if first.shape == second.shape:
             np.testing.assert_array_equal(np.sort(first, axis=None), np.sort(second, axis=None))
+
+
+def test_faults_are_found_before_numbers_are_read(config, tensors, tmp_path, monkeypatch):
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(FileTensor, "__getitem__", lambda *_: pytest.fail("a tensor is read"))
+    with pytest.raises(ValueError, match=r"missing tensor model.norm.weight"):
+        load(config, tmp_path)
+
+
+def test_a_tied_head_that_differs_is_named_beside_other_faults(tmp_path):
+    config = tied(tmp_path, 0.5)
+    save_file({"more": np.zeros(3, np.float32)}, tmp_path / "more.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match=r"unknown tensor more \[3\]\n.*lm_head.weight differs"):
+        load(config, tmp_path)
+
+
+def test_devices_read_only_what_they_hold(original, config, monkeypatch):
+    """Two devices together read each number of a divided weight once."""
+    read = {}
+    get = FileTensor.__getitem__
+
+    def spy(tensor, index):
+        part = get(tensor, index)
+        read.setdefault((tensor.path, tensor.offset), []).append(part.size / np.prod(tensor.shape))
+        return part
+
+    monkeypatch.setattr(FileTensor, "__getitem__", spy)
+    load(config, original[0], devices=2)
+    for parts in read.values():
+        assert 1 <= sum(parts) < 1.02  # the vocabulary is padded
+    assert sum(len(parts) > 1 for parts in read.values()) > len(read) / 2
+
+
+@pytest.mark.parametrize("extra", [0, 40])
+def test_devices_hold_the_rows_of_the_table(original, config, extra):
+    """However a weight is divided and copied, each stored row is the one that the table says."""
+    config = dataclasses.replace(config, extra_vocab_size=extra)
+    one = load_model_leaves(config, original[0], 1)
+    two = load_model_leaves(config, original[0], 2)
+    assert one.keys() == two.keys()
+    for weight in weight_table(config, 2):
+        whole, divided = one[weight.path], two[weight.path]
+        if weight.transposed:
+            whole, divided = (np.swapaxes(value, -1, -2) for value in (whole, divided))
+        rows = weight.rows_order
+        expected = whole if rows is None else np.take(whole, rows, axis=weight.rows_axis)
+        np.testing.assert_array_equal(divided, expected)
+
+
+def load_model_leaves(config, folder, devices):
+    flat = nnx.to_flat_state(load(config, folder, devices).params)
+    return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+
+
+def test_runs_of_rows_are_as_long_as_can_be():
+    order = np.array([4, 5, 6, 1, 2, 9, 9, 9, 3])
+    weight = Weight((), (), (10, 2), PartitionSpec(), order)
+    found = list(weight.runs(slice(None)))
+    assert [(run.start, run.stop) for _, run in found] == [(4, 7), (1, 3), (9, 10), (3, 4)]
+    filled = np.full(len(order), -1)
+    for place, run in found:
+        filled[place] = np.arange(10)[run]
+    np.testing.assert_array_equal(filled, order)
