@@ -21,6 +21,7 @@ from tqdm import tqdm
 from jlora.config import ModelConfig
 from jlora.model.decoder import Decoder
 from jlora.model.layers import AXIS
+from jlora.model.placing import place_on
 from jlora.model.vocabulary import stored_vocab
 from jlora.projections import ModuleMap, Part, Piece, Projection, layer_norms
 
@@ -235,8 +236,8 @@ def _random_weights(
         shape = shapes[weight.path]
         sharding = NamedSharding(mesh, weight.spec)
         if "norm" in str(weight.path[-2]):
-            one = jnp.full(shape.shape, 1 - norm_offset, shape.dtype)
-            arrays[weight.path] = jax.device_put(one, sharding)
+            one = np.full(shape.shape, 1 - norm_offset, shape.dtype)
+            arrays[weight.path] = place_on(one, sharding)
         else:
             key = jax.random.fold_in(jax.random.key(seed), index)
             arrays[weight.path] = draw(key, shape.shape, shape.dtype, sharding)
@@ -365,7 +366,7 @@ def _to_device(buffer: np.ndarray, weight: Weight, dtype: str, mesh: Mesh) -> ja
         buffer = buffer[:, rows] if buffer.ndim == 3 else buffer[rows]
     spec = weight.spec
     incoming = PartitionSpec(*spec[:-2], spec[-1], spec[-2]) if weight.transposed else spec
-    on_device = jax.device_put(buffer, NamedSharding(mesh, incoming))
+    on_device = place_on(buffer, NamedSharding(mesh, incoming))
     return _finish(on_device, weight.transposed, jnp.dtype(dtype), NamedSharding(mesh, spec))
 
 
