@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
-from jlora.engine.hosts import Leader, agreed
-from jlora.engine.pool_functions import replace_block, replace_magnitudes
+from jlora.engine.hosts import Leader, agreed, staging, working
+from jlora.engine.pool_functions import part_of, replace_block, replace_magnitudes
 from jlora.engine.pool_layout import (
     MATRIX,
     WHOLE,
@@ -123,7 +122,7 @@ class AdapterPool:
             buffers = StagingBuffers()
         needs = blocks_needed(lora, self._modules)
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
-        with self._staging() as staged:
+        with staging(self._hosts) as staged:
             for row in pool_rows(self._modules, self._config):
                 anywhere = [0] * needs.get(row.name, 0)
                 for write in BlockWrite.all(lora, self._modules, row, anywhere):
@@ -133,19 +132,6 @@ class AdapterPool:
             buffers.wait()
         self._buffers.append(buffers)
         return staged
-
-    @contextmanager
-    def _staging(self) -> Iterator[StagedAdapter]:
-        """What the body puts into it is on every host in the end. Raises RuntimeError if not."""
-        staged = StagedAdapter()
-        if self._hosts is None:
-            yield staged
-            return
-        self._hosts.number(staged)
-        try:
-            yield staged
-        finally:  # nothing of it may come after it has been dropped
-            self._hosts.confirm(staged.number)
 
     def _full(self, lora: LoRAModel) -> dict[str, int]:
         """The whole matrices that an adapter takes, wherever they will be."""
@@ -188,7 +174,8 @@ class AdapterPool:
         """
         writes, staged = manager.take_writes(), {} if staged is None else staged
         try:
-            self._apply(manager, writes, staged)
+            with working(self._hosts):
+                self._apply(manager, writes, staged)
         except BaseException:  # an interrupt too
             manager.put_back(writes)
             raise
@@ -223,7 +210,7 @@ class AdapterPool:
     ) -> None:
         name, layer = write.name, write.layer or 0
         if staged is None or name not in staged.blocks:
-            with self._staging() as staged:
+            with staging(self._hosts) as staged:
                 self._stage_block(write, staged, buffers)
         with agreed(self._hosts, "block", [staged.number, *name, layer, write.block], []):
             self.write_block(write.projection, layer, write.block, *staged.blocks[name])
@@ -231,7 +218,7 @@ class AdapterPool:
     def _apply_feature(self, write: FeatureWrite, staged: StagedAdapter | None) -> None:
         name = write.name
         if staged is None or name not in staged.features:
-            with self._staging() as staged:
+            with staging(self._hosts) as staged:
                 self._stage_feature(write, staged)
         with agreed(self._hosts, "feature", [staged.number, *name, write.index], []):
             self.write_feature(*name, write.index, staged.features[name])
@@ -309,7 +296,7 @@ class AdapterPool:
         )
         new_a, new_b = self._run(
             ("block", row.name, a.dtype),
-            lambda: functools.partial(replace_block, part_of=self._part_of(row)),
+            lambda: functools.partial(replace_block, part_of=part_of(row, self._shards)),
             (0, 1),
             row_specs(row)[:2],
             pool.a,
@@ -320,12 +307,6 @@ class AdapterPool:
             b,
         )
         self._set_row(row.name, a=new_a, b=new_b)
-
-    def _part_of(self, row: Projection) -> np.ndarray:
-        """int32 [stored width]: the part of each stored column."""
-        widths = [part.width for part in row.parts]
-        part_of_column = np.repeat(np.arange(len(widths)), widths)
-        return part_of_column[row.columns(self._shards)].astype(np.int32)
 
     def _write_biases(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +81,7 @@ def _terms(args: EngineArgs, model: ModelConfig) -> dict[str, str]:
         resolve_dtype(options[name], name, auto="auto") for name in ("dtype", "lora_dtype")
     )
     config = {f"config of the model, {name}": value for name, value in vars(model).items()}
-    versions = {"version of jax": jax.__version__, "version of Python": sys.version.split()[0]}
-    every = {**options, **config, **versions}
+    every = {**options, **config, "version of jax": jax.__version__}
     as_lists = ((name, list(v) if isinstance(v, tuple) else v) for name, v in every.items())
     return {name: repr(value) for name, value in as_lists if name not in _OWN}
 

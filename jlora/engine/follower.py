@@ -26,24 +26,21 @@ def follow(engine_args: EngineArgs, *, progress: bool = False) -> None:
 
     For every process but the first, after `jax.distributed.initialize()`, with the same EngineArgs
     (of which lora_modules and lora_resolvers are read in the first process only). Returns when the
-    first process shuts its engine down, or ends. Raises HostError when a host is lost or fails,
-    ValueError when the arguments, or the model's configuration, are not those of the first.
+    first process shuts its engine down, or ends. Raises HostError when another host is lost or
+    fails, ValueError when the arguments, or the model's configuration, are not those of the first.
     """
     memory.reserve_fraction(engine_args.gpu_memory_utilization)
     if jax.process_index() == 0:
         raise RuntimeError("the first process leads: it makes an LLM or LLMEngine instead")
-    model = read_model_config(engine_args)
     hosts = Follower(engine_args.host_timeout)
-    try:
+    with hosts.all_or_none("following the first"):
+        model = read_model_config(engine_args)
         what = describe(engine_args, model, told_limits(hosts, engine_args, model))
         runner = make_device_side(what, hosts, progress).runner
         if not engine_args.enforce_eager:
             runner.warm_up(progress)
         _Following(hosts, runner).run()
-    except BaseException as error:
-        hosts.leave(error)
-        raise
-    hosts.leave()
+    hosts.close()
 
 
 class _Following:

@@ -48,7 +48,7 @@ class Hosts:
         self.error: str | None = None
         self._links, self._timeout = links, timeout
         self._failed, self._lock = threading.Event(), threading.Lock()
-        self._busy = self._ending = False
+        self._ending, self._busy = False, 0  # how often `working` has been entered
         self._watches = [
             threading.Thread(target=self._watch, args=(link,), name="jlora-watch", daemon=True)
             for link in links.values()
@@ -99,7 +99,7 @@ class Hosts:
             time.sleep(0.1)
             if not self._busy:
                 return
-        self._exit("the devices still wait for the lost host, so this process ends")
+        self._exit(f"still waiting for the devices {GRACE:g} s later, so this process ends")
 
     def _exit(self, why: str) -> None:
         print(f"jlora, {host_name(jax.process_index())}: {why}", file=sys.stderr, flush=True)
@@ -125,16 +125,34 @@ class Hosts:
         self.fail(f"{link.name}: its connection was closed")
         return HostError(self.error or "the engine has been shut down")
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The body may wait for the devices, and so for a lost host, where nothing can end it."""
+        self.check()
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+
+    @contextmanager
+    def all_or_none(self, what: str) -> Iterator[None]:
+        """As `working`; if the body fails here, an interrupt included, no host goes on."""
+        with self.working():
+            try:
+                yield
+            except BaseException as error:
+                name = host_name(jax.process_index())
+                self.fail(f"{name} failed at {what}: {type(error).__name__}: {error}")
+                raise
+
     def wait(self, arrays: Any) -> None:
         """Until the device has computed a tree of arrays. Raises HostError when a host is lost."""
-        self._busy = True
-        try:
+        with self.working():
             for array in jax.tree.leaves(arrays):
                 while not array.is_ready():
                     self.check()
                     time.sleep(_POLL)
-        finally:
-            self._busy = False
 
     def close(self) -> None:
         """Says good-bye, waits until the others have done so, and closes the connections."""
@@ -165,10 +183,8 @@ class Leader(Hosts):
     def agreed(
         self, op: str, arguments: Sequence[Any] = (), arrays: Sequence[np.ndarray] = ()
     ) -> Iterator[None]:
-        """All hosts do something, this one in the body. If it is not done here nobody can go on."""
-        self.check()
-        self._busy = True
-        try:
+        """All hosts do something, this one in the body."""
+        with self.all_or_none(repr(op)):
             dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
             for link in self._links.values():
                 try:
@@ -176,11 +192,6 @@ class Leader(Hosts):
                 except OSError:
                     raise self.lost(link) from None
             yield
-        except BaseException as error:  # an interrupt too: the others do what this one has not
-            self.fail(f"{host_name(0)} failed at {op!r}: {type(error).__name__} {error}")
-            raise
-        finally:
-            self._busy = False
 
     def ask(self, op: str, arguments: Sequence[Any] = ()) -> dict[str, Any]:
         """What each other host answers, by its name; while an engine is made."""
@@ -245,7 +256,6 @@ class Follower(Hosts):
         """Waits for the first process."""
         self.leader = meet_leader()
         super().__init__({0: self.leader}, timeout)
-        self._busy = True
 
     def next_step(self) -> Message:
         """Waits for what is to be done next. Raises HostError when a host is lost."""
@@ -264,24 +274,39 @@ class Follower(Hosts):
         self.answer(value)
         return int(self.next_step().arguments[-1])
 
-    def wait(self, arrays: Any) -> None:
-        """As Hosts.wait; this process has nothing else to do."""
-        super().wait(arrays)
-        self._busy = True
-
-    def leave(self, error: BaseException | None = None) -> None:
-        """This process follows no longer."""
-        if error is not None:
-            self.fail(f"{host_name(jax.process_index())}: {type(error).__name__} {error}")
-        self.close()
-        self._busy = False
-
 
 def agreed(
     hosts: Leader | None, op: str, arguments: Sequence[Any], arrays: Sequence[np.ndarray]
 ) -> AbstractContextManager[None]:
     """Leader.agreed, or nothing when there are no others."""
     return nullcontext() if hosts is None else hosts.agreed(op, arguments, arrays)
+
+
+@contextmanager
+def staging(hosts: Leader | None) -> Iterator[StagedAdapter]:
+    """An adapter to be staged; what the body has done for it is done on all hosts in the end.
+
+    Raises RuntimeError when one of them could not.
+    """
+    staged = StagedAdapter()
+    if hosts is None:
+        yield staged
+        return
+    hosts.number(staged)
+    try:
+        yield staged
+    finally:  # nothing of it may come after it has been dropped
+        hosts.confirm(staged.number)
+
+
+def making(hosts: Leader | None) -> AbstractContextManager[None]:
+    """Of an engine: if that fails here the others, who make it too, give up as well."""
+    return nullcontext() if hosts is None else hosts.all_or_none("making the engine")
+
+
+def working(hosts: Leader | None) -> AbstractContextManager[None]:
+    """Hosts.working, or nothing when there are no others."""
+    return nullcontext() if hosts is None else hosts.working()
 
 
 def lead(timeout: float) -> Leader | None:

@@ -21,7 +21,7 @@ from jlora.engine.device_side import (
     read_model_config,
     require_same,
 )
-from jlora.engine.hosts import lead
+from jlora.engine.hosts import lead, making
 from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
@@ -47,6 +47,24 @@ class LLMEngine(AdapterMethods):
         start = time.perf_counter()
         memory.reserve_fraction(args.gpu_memory_utilization)
         self.args, self.hosts = args, lead(args.host_timeout)
+        with making(self.hosts):
+            self._make_device_side(progress)
+            self._make_host_side()
+            if not args.enforce_eager:
+                self.warm_up(progress)
+            for request in args.lora_modules or ():
+                self.add_lora(request)
+        logger.info("ready in %.1f s", time.perf_counter() - start)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, *, progress: bool = False) -> LLMEngine:
+        """vLLM's constructor."""
+        return cls(engine_args, progress=progress)
+
+    # -- construction ----------------------------------------------------------------------
+
+    def _make_device_side(self, progress: bool) -> None:
+        args = self.args
         model = read_model_config(args)
         self.lora_config = lora_limits(args, model)
         if self.hosts is not None:
@@ -55,18 +73,20 @@ class LLMEngine(AdapterMethods):
         self.model_config = what.model
         self.inputs = InputProcessor(args, what.model)
         device = make_device_side(what, self.hosts, progress)
-        self.modules, self.runner = device.modules, device.runner
+        self.modules, self.runner, self._base = device.modules, device.runner, device.base
+
+    def _make_host_side(self) -> None:
+        args, sizes, pool = self.args, self.runner.config, self.runner.pool
         self.lora: TieredLoRAManager | None = None
-        if self.lora_config is not None and self.runner.pool is not None:
+        if self.lora_config is not None and pool is not None:
             self.lora = TieredLoRAManager(
                 self.modules,
                 self.lora_config,
-                device.base,
+                self._base,
                 model_name=args.model,
-                stage=self.runner.pool.stage,
+                stage=pool.stage,
                 prepare=self.inputs.read_tokenizer,
             )
-        sizes = self.runner.config
         caching = args.enable_prefix_caching is not False
         self.pages = PageAllocator(sizes.num_pages, sizes.page_size, caching)
         self.scheduler = Scheduler(
@@ -84,18 +104,6 @@ class LLMEngine(AdapterMethods):
             self.lora.on_superseded = self._follow_version
         self._in_flight: StepResult | None = None
         self._seeds, self._numbers = np.random.default_rng(args.seed), itertools.count()
-        if not args.enforce_eager:
-            self.warm_up(progress)
-        for request in args.lora_modules or ():
-            self.add_lora(request)
-        logger.info("ready in %.1f s", time.perf_counter() - start)
-
-    @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs, *, progress: bool = False) -> LLMEngine:
-        """vLLM's constructor."""
-        return cls(engine_args, progress=progress)
-
-    # -- construction ----------------------------------------------------------------------
 
     def warm_up(self, progress: bool = False) -> None:
         """Compiles every executable, then writes a dummy adapter of full rank into every slot."""
@@ -108,9 +116,9 @@ class LLMEngine(AdapterMethods):
         jax.block_until_ready(self.runner.pool.state)
 
     def shutdown(self) -> None:
-        """Ends the other hosts of an engine that has some; this one can do nothing more then.
+        """Ends what other processes do for this engine, which is of no use then.
 
-        It happens by itself when the process ends.
+        It happens by itself when this process ends. With one process it does nothing.
         """
         if self.hosts is not None:
             self.hosts.close()

@@ -51,6 +51,12 @@ def _embedding_as_input(pool: RowPool, weight: Array, vocab: int) -> tuple[RowPo
     return dataclasses.replace(pool, a=a), jnp.where(known[:, None], weight, 0)
 
 
+def part_of(row: Projection, shards: int) -> np.ndarray:
+    """int32 [stored width]: the part of each stored column."""
+    part_of_column = np.repeat(np.arange(len(row.parts)), [part.width for part in row.parts])
+    return part_of_column[row.columns(shards)].astype(np.int32)
+
+
 def replace_block(
     a: Array,
     b: Array,
