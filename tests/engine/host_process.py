@@ -1,77 +1,82 @@
-"""One process of several that serve a model together: `python -m tests.engine.host_process`."""
+"""One of several processes that serve a model together; see test_hosts.py.
+
+`python -m tests.engine.host_process JOB`, where JOB is a JSON object: process, count, port (of the
+coordinator), options (of EngineArgs), adapters (folders), until_killed.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jlora.config import EngineArgs
-from jlora.request import LoRARequest, SamplingParams
+import jax
+
+from jlora import LLM, EngineArgs, LoRARequest, SamplingParams, follow
+
+if TYPE_CHECKING:
+    from jlora import LLMEngine
 
 
-def answers(llm: Any, adapters: list[str], tokens: int) -> list[list[int]]:
-    """Of prompts with every adapter in turn and with none, some of them sampled."""
-    requests = [None, *(LoRARequest(f"a{i}", i + 1, one) for i, one in enumerate(adapters))]
-    prompts = [
-        {"prompt_token_ids": [3 + (7 * i + j) % 90 for j in range(5 + 9 * i)]} for i in range(8)
-    ]
-    params = [
-        SamplingParams(
-            max_tokens=tokens,
-            ignore_eos=True,
-            temperature=0.8 * (i % 2),
-            seed=i,
-            logprobs=i % 3 or None,
+def requests_for(adapters: list[str]) -> list[LoRARequest]:
+    return [LoRARequest(f"a{index}", index, path) for index, path in enumerate(adapters, start=1)]
+
+
+def answers(llm: LLM, adapters: list[str], tokens: int) -> list[Any]:
+    """Tokens and log-probabilities for every adapter in turn and the base, some of them drawn."""
+    prompts, params, loras = [], [], []
+    for index in range(8):
+        length = 5 + 9 * index
+        prompts.append({"prompt_token_ids": [3 + (7 * index + at) % 90 for at in range(length)]})
+        params.append(
+            SamplingParams(
+                max_tokens=tokens,
+                ignore_eos=True,
+                temperature=0.8 * (index % 2),
+                seed=index,
+                logprobs=2 if index == 3 else None,
+            )
         )
-        for i in range(8)
-    ]
-    loras = [requests[i % len(requests)] for i in range(8)]
+        loras.append([None, *requests_for(adapters)][index % (len(adapters) + 1)])
     outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
-    return [list(one.outputs[0].token_ids) for one in outputs]
+    told = [output.outputs[0] for output in outputs]
+    scores = [next(iter(step.values())).logprob for step in told[3].logprobs or ()]
+    return [[list(one.token_ids) for one in told], [round(score, 3) for score in scores]]
 
 
-def serve(options: dict[str, Any], adapters: list[str]) -> dict[str, Any]:
-    """What an engine says: answers, answers after a reload, and what an abort leaves."""
-    from jlora import LLM
-
-    llm = LLM(**options, use_tqdm=False)
-    engine, said = llm.llm_engine, {"first": answers(llm, adapters, 12)}
-    swapped = [LoRARequest("a0", 1, adapters[1], load_inplace=True)]
-    engine.remove_lora(1)
-    engine.add_lora(swapped[0])
-    said["swapped"] = answers(llm, [adapters[1], *adapters[1:]], 6)
-    engine.add_request("gone", {"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=40))
+def aborted(engine: LLMEngine) -> int:
+    """How many requests are left when one has been aborted while it ran."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    engine.add_request("gone", {"prompt_token_ids": [5, 6, 7]}, params)
     for _ in range(3):
         engine.step()
     engine.abort_request("gone")
-    said["after"] = answers(llm, [adapters[1], *adapters[1:]], 6)
-    said["unfinished"] = engine.get_num_unfinished_requests()
-    return said
+    return engine.get_num_unfinished_requests()
 
 
-def main() -> None:
-    """argv: a JSON object with process, count, port, mode, options, adapters."""
-    told = json.loads(sys.argv[1])
-    import jax
+def serve(llm: LLM, adapters: list[str]) -> dict[str, Any]:
+    """What an engine says, also after an adapter has been reloaded and a request aborted."""
+    engine = llm.llm_engine
+    said = {"answers": answers(llm, adapters, 10), "unfinished": aborted(engine)}
+    other = [adapters[1], *adapters[1:]]
+    engine.remove_lora(1)
+    engine.add_lora(requests_for(other)[0])
+    return {**said, "reloaded": answers(llm, other, 6)}
 
-    from jlora import LLM, follow
 
+def main(job: dict[str, Any]) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if told["count"] > 1:
-        jax.distributed.initialize(f"127.0.0.1:{told['port']}", told["count"], told["process"])
-    if told["process"] > 0:
-        return follow(EngineArgs(**told["options"]))
-    if told["mode"] == "serve":
-        print(json.dumps(serve(told["options"], told["adapters"])), flush=True)
-        return None
-    llm = LLM(**told["options"], use_tqdm=False)
-    print("ready", flush=True)
-    while True:  # until a process is killed
-        answers(llm, told["adapters"], 40)
-        print("more", os.getpid(), flush=True)
+    if job["count"] > 1:
+        jax.distributed.initialize(f"127.0.0.1:{job['port']}", job["count"], job["process"])
+    if job["process"] > 0:
+        follow(EngineArgs(**job["options"]))
+        print("the leader has ended", flush=True)
+        return
+    llm = LLM(**job["options"], use_tqdm=False)
+    print(json.dumps(serve(llm, job["adapters"])), flush=True)
+    while job["until_killed"]:
+        answers(llm, job["adapters"], 40)
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))

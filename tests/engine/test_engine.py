@@ -484,7 +484,7 @@ def test_unknown_and_unsupported_arguments_are_named(files):
 def test_sizes_that_cannot_be_are_named(files, options, message, monkeypatch):
     """Before minutes go into weights, where the memory left does not matter."""
     if "num_gpu_blocks_override" not in options:
-        monkeypatch.delattr("jlora.engine.llm_engine.load_model")
+        monkeypatch.delattr("jlora.engine.device_side.load_model")
     with pytest.raises(ValueError, match=message):
         small_llm(files.model, **options)
 
