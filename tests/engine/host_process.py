@@ -58,10 +58,14 @@ def serve(llm: LLM, adapters: list[str]) -> dict[str, Any]:
     """What an engine says, also after an adapter has been reloaded and a request aborted."""
     engine = llm.llm_engine
     said = {"answers": answers(llm, adapters, 10), "unfinished": aborted(engine)}
-    other = [adapters[1], *adapters[1:]]
     engine.remove_lora(1)
-    engine.add_lora(requests_for(other)[0])
-    return {**said, "reloaded": answers(llm, other, 6)}
+    engine.add_lora(requests_for(swapped(adapters))[0])
+    return {**said, "reloaded": answers(llm, swapped(adapters), 6)}
+
+
+def swapped(adapters: list[str]) -> list[str]:
+    """With another under the first id."""
+    return [adapters[1], *adapters[1:]]
 
 
 def main(job: dict[str, Any]) -> None:
@@ -75,7 +79,7 @@ def main(job: dict[str, Any]) -> None:
     llm = LLM(**job["options"], use_tqdm=False)
     print(json.dumps(serve(llm, job["adapters"])), flush=True)
     while job["until_killed"]:
-        answers(llm, job["adapters"], 40)
+        answers(llm, swapped(job["adapters"]), 40)
 
 
 if __name__ == "__main__":

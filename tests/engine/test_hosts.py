@@ -25,6 +25,11 @@ from tests.reference import make_adapter, make_model, special_kinds
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CACHE = {  # as in conftest.py
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
 ENDS_WITHIN = 20  # seconds, after another host has been killed
 
 
@@ -44,8 +49,7 @@ def start(process: int, count: int, devices: int, port: int, job: dict[str, Any]
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}",
         "HF_HUB_OFFLINE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        **CACHE,
         "PYTHONPATH": str(ROOT),
     }
     told = json.dumps({"process": process, "count": count, "port": port, **job})
