@@ -91,6 +91,7 @@ class _Arrivals:
 
     def __init__(self, hosts: Follower, pool: AdapterPool) -> None:
         self.adapters: defaultdict[int, StagedAdapter] = defaultdict(StagedAdapter)
+        self._sent: defaultdict[int, StagingBuffers] = defaultdict(StagingBuffers)
         self._failed: dict[int, str] = {}
         self._hosts, self._pool, self._bulk = hosts, pool, hosts.leader.bulk
         threading.Thread(target=self._receive, name="jlora-adapters", daemon=True).start()
@@ -101,13 +102,12 @@ class _Arrivals:
             self.adapters.pop(number, None)
 
     def _receive(self) -> None:
-        buffers = StagingBuffers()
         try:
             while True:
                 message = self._bulk.receive()
                 number = message.arguments[0]
                 try:
-                    self._take(message, buffers)
+                    self._take(message)
                 except Exception as error:  # of any kind: the adapter's, not the engine's
                     self._failed[number] = f"{type(error).__name__} {error}"
                 if message.op == "ready":
@@ -118,14 +118,15 @@ class _Arrivals:
         except BaseException as error:
             self._hosts.fail(f"adapters can no longer be received: {error!r}")
 
-    def _take(self, message: Message, buffers: StagingBuffers) -> None:
+    def _take(self, message: Message) -> None:
         number, *name = message.arguments
         match message.op:
             case "block":
                 row = self._pool.row(name[0])
-                sent = self._pool.send_block(row, message.arrays, buffers)
+                sent = self._pool.send_block(row, message.arrays, self._sent[number])
                 self.adapters[number].blocks[tuple(name)] = sent
             case "feature":
                 self.adapters[number].features[tuple(name)] = tuple(message.arrays)
             case "ready":
-                buffers.wait()
+                self._sent[number].wait()
+                del self._sent[number]
