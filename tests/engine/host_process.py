@@ -22,8 +22,8 @@ def requests_for(adapters: list[str]) -> list[LoRARequest]:
     return [LoRARequest(f"a{index}", index, path) for index, path in enumerate(adapters, start=1)]
 
 
-def answers(llm: LLM, adapters: list[str], tokens: int) -> list[Any]:
-    """Tokens and log-probabilities for every adapter in turn and the base, some of them drawn."""
+def answers(llm: LLM, adapters: list[str], tokens: int) -> dict[str, Any]:
+    """Tokens and their scores for the base and every adapter in turn; half of them are drawn."""
     prompts, params, loras = [], [], []
     for index in range(8):
         length = 5 + 9 * index
@@ -34,19 +34,22 @@ def answers(llm: LLM, adapters: list[str], tokens: int) -> list[Any]:
                 ignore_eos=True,
                 temperature=0.8 * (index % 2),
                 seed=index,
-                logprobs=2 if index == 3 else None,
+                logprobs=1,
             )
         )
         loras.append([None, *requests_for(adapters)][index % (len(adapters) + 1)])
     outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
     told = [output.outputs[0] for output in outputs]
-    scores = [next(iter(step.values())).logprob for step in told[3].logprobs or ()]
-    return [[list(one.token_ids) for one in told], [round(score, 3) for score in scores]]
+    scores = [
+        [step[token].logprob for token, step in zip(one.token_ids, one.logprobs or (), strict=True)]
+        for one in told
+    ]
+    return {"tokens": [list(one.token_ids) for one in told], "scores": scores}
 
 
 def aborted(engine: LLMEngine) -> int:
     """How many requests are left when one has been aborted while it ran."""
-    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=1)
     engine.add_request("gone", {"prompt_token_ids": [5, 6, 7]}, params)
     for _ in range(3):
         engine.step()
@@ -57,10 +60,10 @@ def aborted(engine: LLMEngine) -> int:
 def serve(llm: LLM, adapters: list[str]) -> dict[str, Any]:
     """What an engine says, also after an adapter has been reloaded and a request aborted."""
     engine = llm.llm_engine
-    said = {"answers": answers(llm, adapters, 10), "unfinished": aborted(engine)}
+    said = {"answers": answers(llm, adapters, 8), "unfinished": aborted(engine)}
     engine.remove_lora(1)
     engine.add_lora(requests_for(swapped(adapters))[0])
-    return {**said, "reloaded": answers(llm, swapped(adapters), 6)}
+    return {**said, "reloaded": answers(llm, swapped(adapters), 4)}
 
 
 def swapped(adapters: list[str]) -> list[str]:

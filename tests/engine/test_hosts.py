@@ -87,6 +87,14 @@ def job_of(files: SimpleNamespace, until_killed: bool = False, **options: Any) -
     return {"options": told, "adapters": adapters, "until_killed": until_killed}
 
 
+def assert_same(said: dict[str, Any], alone: dict[str, Any]) -> None:
+    """The same tokens, and the same scores but for the order in which devices are summed."""
+    assert said["unfinished"] == alone["unfinished"] == 0
+    for when in ("answers", "reloaded"):
+        assert said[when]["tokens"] == alone[when]["tokens"]
+        np.testing.assert_allclose(said[when]["scores"], alone[when]["scores"], atol=1e-4)
+
+
 def answers_of_one(job: dict[str, Any]) -> dict[str, Any]:
     """Of an engine in this process, which has two devices."""
     llm = LLM(**job["options"], use_tqdm=False)
@@ -115,7 +123,7 @@ def test_two_processes_answer_as_one_until_one_is_killed(files):
     said, (code, _, errors) = killed_amid_answers(files, 1, signal.SIGKILL)
     assert code == 1
     assert "HostError: host 1 of 2 has ended without a word" in errors
-    assert said == answers_of_one(job_of(files, tensor_parallel_size=2))
+    assert_same(said, answers_of_one(job_of(files, tensor_parallel_size=2)))
 
 
 @pytest.mark.slow
@@ -158,7 +166,7 @@ def test_every_kind_of_adapter_on_two_hosts_of_two_devices(files, eager):
     assert ending.splitlines()[-1] == "the leader has ended"
     ((code, alone, errors),) = ended([start(0, 1, 4, 0, job)])
     assert code == 0, errors
-    assert json.loads(said.splitlines()[-1]) == json.loads(alone.splitlines()[-1])
+    assert_same(*(json.loads(text.splitlines()[-1]) for text in (said, alone)))
 
 
 @pytest.mark.slow
