@@ -62,7 +62,6 @@ class _Following:
                 # As the first process, which reads a step when the next has been dispatched: so
                 # nothing piles up here, and a step that has failed is noticed.
                 self._hosts.wait(before)
-                jax.block_until_ready(before)
                 before = result
             else:
                 self._prepare(message.op, arguments, message.arrays)

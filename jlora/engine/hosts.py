@@ -127,24 +127,32 @@ class Hosts:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """The body may wait for the devices, and so for a lost host, where nothing can end it."""
+        """The body may wait for the devices, and so for a lost host, where nothing can end it.
+
+        What the devices say of a lost host is raised as HostError.
+        """
         self.check()
         self._busy += 1
         try:
             yield
+        except jax.errors.JaxRuntimeError as error:
+            self._failed.wait(BEAT)  # the reason is about to be known
+            if self.error is None:
+                raise
+            raise HostError(self.error) from error
         finally:
             self._busy -= 1
 
     @contextmanager
     def all_or_none(self, what: str) -> Iterator[None]:
         """As `working`; if the body fails here, an interrupt included, no host goes on."""
-        with self.working():
-            try:
+        try:
+            with self.working():
                 yield
-            except BaseException as error:
-                name = host_name(jax.process_index())
-                self.fail(f"{name} failed at {what}: {type(error).__name__}: {error}")
-                raise
+        except BaseException as error:
+            name = host_name(jax.process_index())
+            self.fail(f"{name} failed at {what}: {type(error).__name__}: {error}")
+            raise
 
     def wait(self, arrays: Any) -> None:
         """Until the device has computed a tree of arrays. Raises HostError when a host is lost."""
@@ -153,6 +161,7 @@ class Hosts:
                 while not array.is_ready():
                     self.check()
                     time.sleep(_POLL)
+            jax.block_until_ready(arrays)  # raises what went wrong
 
     def close(self) -> None:
         """Says good-bye, waits until the others have done so, and closes the connections."""
