@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jlora.config import AsyncEngineArgs, EngineArgs, LoRAConfig
-    from jlora.engine import AsyncLLMEngine, LLMEngine
-    from jlora.errors import AdapterError, AdapterInUseError
+    from jlora.engine import AsyncLLMEngine, LLMEngine, follow
+    from jlora.errors import AdapterError, AdapterInUseError, HostError
     from jlora.llm import LLM
     from jlora.manager import FolderResolver, HubResolver
     from jlora.request import (
@@ -31,6 +31,7 @@ _HOME = {
     "CompletionOutput": "jlora.request",
     "EngineArgs": "jlora.config",
     "FolderResolver": "jlora.manager",
+    "HostError": "jlora.errors",
     "HubResolver": "jlora.manager",
     "LLM": "jlora.llm",
     "LLMEngine": "jlora.engine",
@@ -40,6 +41,7 @@ _HOME = {
     "RequestOutput": "jlora.request",
     "RequestOutputKind": "jlora.request",
     "SamplingParams": "jlora.request",
+    "follow": "jlora.engine",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "FolderResolver",
+    "HostError",
     "HubResolver",
     "LLMEngine",
     "LoRAConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "__version__",
+    "follow",
 ]
 
 

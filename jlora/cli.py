@@ -92,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", help="a stop string; repeatable")
     generate.add_argument("--ignore-eos", action="store_true")
     generate.add_argument("--enforce-eager", action="store_true", help="compile on first use")
+    generate.add_argument(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="be one of several hosts: where process 0 is, how many processes there are, and which "
+        "this one is, from 0; nothing where jax finds that out itself, as on TPU VMs",
+    )
     _add_options(generate, "sampling", SAMPLING)
     _add_options(generate, "engine", ENGINE)
     convert = commands.add_parser(
@@ -142,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from jlora import LLM, LoRARequest, SamplingParams
+    from jlora import LLM, EngineArgs, LoRARequest, SamplingParams, follow
 
     adapters = dict(_named_path(item) for item in args.lora)
     requests = {
@@ -171,12 +179,37 @@ def _generate(args: argparse.Namespace) -> int:
     if requests:
         options = {"enable_lora": True, "max_loras": len(requests), **options}
         options["lora_modules"] = list(requests.values())  # reserves what they need
-    llm = LLM(args.model, enforce_eager=args.enforce_eager, **options)
+    options["enforce_eager"] = args.enforce_eager
+    if args.distributed is not None and not _leads(args.distributed, options):
+        follow(EngineArgs.from_options(model=args.model, **options))
+        return 0
+    llm = LLM(args.model, **options)
     outputs = llm.generate(prompts, params, lora_request=loras)
     with _output(args.out) as file:
         for output in outputs:
             print(json.dumps(_record(output), ensure_ascii=False), file=file)
     return 0
+
+
+def _leads(where: str, options: dict[str, Any]) -> bool:
+    """Joins jax.distributed; whether this is the first process."""
+    import jax
+
+    from jlora import EngineArgs
+    from jlora.engine import memory
+
+    share = options.get("gpu_memory_utilization", EngineArgs.gpu_memory_utilization)
+    memory.reserve_fraction(share)  # before jax runs
+    if where:
+        try:
+            address, count, index = where.split(",")
+            told = address, int(count), int(index)
+        except ValueError:
+            raise ValueError(f"--distributed {where} is not HOST:PORT,COUNT,INDEX") from None
+        jax.distributed.initialize(*told)
+    else:
+        jax.distributed.initialize()
+    return jax.process_index() == 0
 
 
 def _named_path(item: str) -> tuple[str, str]:

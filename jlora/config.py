@@ -284,6 +284,7 @@ class EngineArgs:
     (kv_cache_memory_bytes sets it directly, the way of a CPU). lora_modules: adapters that are
     loaded at the start; what they need is reserved besides what the other options say.
     lora_resolvers: who is asked, in this order, for an adapter that is known by name only.
+    host_timeout: seconds without a sign of life after which one of several hosts is taken for lost.
     """
 
     model: str
@@ -332,6 +333,7 @@ class EngineArgs:
     fully_sharded_loras: bool = False
     quantization: str | None = None
     kernel_implementation: str | None = None
+    host_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -363,6 +365,9 @@ class EngineArgs:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization={share!r} must be above 0, at most 1")
+        seconds = self.host_timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 2:
+            raise ValueError(f"host_timeout={seconds!r} must be above 2 seconds")
         resolve_dtype(self.dtype, "dtype", auto="auto")
         self._lora_limits()
         if self.lora_modules is not None:

@@ -1,4 +1,4 @@
-"""The errors of jlora that a program may want to tell apart; all are ValueErrors."""
+"""The errors of jlora that a program may want to tell apart; those of adapters are ValueErrors."""
 
 
 class AdapterError(ValueError):
@@ -7,3 +7,7 @@ class AdapterError(ValueError):
 
 class AdapterInUseError(AdapterError, RuntimeError):
     """The adapter, or every adapter that could make room for it, is pinned or in use."""
+
+
+class HostError(RuntimeError):
+    """One of several hosts that serve a model together has failed or is lost, so none goes on."""

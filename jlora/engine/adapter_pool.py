@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
-from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
+from jlora.engine.hosts import Leader, agreed, staging, working
+from jlora.engine.pool_functions import part_of, replace_block, replace_magnitudes
 from jlora.engine.pool_layout import (
     MATRIX,
     WHOLE,
@@ -30,7 +31,6 @@ from jlora.manager import (
     FeatureWrite,
     LoRAModel,
     LoRAModelManager,
-    SlotMap,
     Write,
     blocks_needed,
     feature_rows,
@@ -38,8 +38,8 @@ from jlora.manager import (
     is_full,
     pool_rows,
 )
-from jlora.model import AXIS, AdapterState, LoadedModel, RowPool, TokenRows
-from jlora.projections import EMBED, HEAD, Feature, ModuleMap, Projection
+from jlora.model import AXIS, AdapterState, LoadedModel, RowPool, TokenRows, place_on
+from jlora.projections import HEAD, Feature, ModuleMap, Projection
 
 STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -55,16 +55,17 @@ class AdapterPool:
         mesh: Mesh,
         model: LoadedModel,
         base_weight: Callable[[str], np.ndarray],
+        hosts: Leader | None = None,
     ) -> None:
         """Allocates what the config reserves; no adapter is there. specs: how `state` is divided.
 
         base_weight: reads a tensor of the base's checkpoint; adapters' biases and matrices are
-        made with it.
+        made with it. hosts: who are to do the same to their shares of the pool.
         """
         self._modules, self._config, self._mesh = modules, config, mesh
         self._shards, self._dtype = mesh.shape[AXIS], dtype
         self._model, self._base_weight = model, base_weight
-        self._version = -1
+        self._version, self._hosts = -1, hosts
         self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
         self._executables: dict[tuple, jax.stages.Compiled] = {}
         layout = pool_layout(modules, config, dtype, self._shards)
@@ -76,12 +77,7 @@ class AdapterPool:
         return jax.jit(make, out_shardings=NamedSharding(self._mesh, held.spec))()
 
     def _put(self, value: Any, spec: PartitionSpec = WHOLE) -> Any:
-        return jax.device_put(value, NamedSharding(self._mesh, spec))
-
-    def _table(self, slots: SlotMap) -> SlotTable:
-        # Copies: the transfer may read them after the manager has gone on.
-        arrays = (slots.blocks.copy(), slots.counts.copy(), slots.scales.copy())
-        return SlotTable(*self._put(arrays))
+        return place_on(value, NamedSharding(self._mesh, spec))
 
     @property
     def adapts_vocabulary(self) -> bool:
@@ -102,7 +98,7 @@ class AdapterPool:
             a_in, b_in = staged_specs(self.specs.rows[row.name])
             for dtype in STAGING_DTYPES:
                 zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
-                self._write_block(row, 0, 0, *zeros, scales)
+                self.write_block(row, 0, 0, *zeros, scales)
         for row in feature_rows(self._modules, self._config):
             pool, width = self.state.rows[row.name], row.stored_width(self._shards)
             layers = self._modules.num_layers if row.per_layer else 1
@@ -123,15 +119,16 @@ class AdapterPool:
             buffers = self._buffers.pop()
         except IndexError:
             buffers = StagingBuffers()
-        needs, staged = blocks_needed(lora, self._modules), StagedAdapter()
-        for row in pool_rows(self._modules, self._config):
-            anywhere = [0] * needs.get(row.name, 0)
-            for write in BlockWrite.all(lora, self._modules, row, anywhere):
-                staged.blocks[write.name] = self._send(write, buffers)
+        needs = blocks_needed(lora, self._modules)
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
-        for feature in features:
-            staged.features[feature.name] = self._feature_arrays(feature)
-        buffers.wait()
+        with staging(self._hosts) as staged:
+            for row in pool_rows(self._modules, self._config):
+                anywhere = [0] * needs.get(row.name, 0)
+                for write in BlockWrite.all(lora, self._modules, row, anywhere):
+                    self._stage_block(write, staged, buffers)
+            for feature in features:
+                self._stage_feature(feature, staged)
+            buffers.wait()
         self._buffers.append(buffers)
         return staged
 
@@ -139,15 +136,32 @@ class AdapterPool:
         """The whole matrices that an adapter takes, wherever they will be."""
         return {name: 0 for name, rows in lora.vocab_rows.items() if is_full(rows, self._config)}
 
-    def _send(self, write: BlockWrite, buffers: StagingBuffers) -> tuple[Array, Array, Array]:
-        """A block's a, b and scales (see BlockWrite.arrays), on their way to the device."""
-        a_in, b_in = staged_specs(self.specs.rows[write.projection.name])
-        a, b, scales = write.arrays(self._shards, buffers.empty)
+    def _stage_block(
+        self, write: BlockWrite, staged: StagedAdapter, buffers: StagingBuffers
+    ) -> None:
+        """Sends a block's a, b and scales (see BlockWrite.arrays) on their way to the devices."""
+        arrays = write.arrays(self._shards, buffers.empty)
+        if self._hosts is not None:
+            self._hosts.stage("block", [staged.number, *write.name], arrays)
+        staged.blocks[write.name] = self.send_block(write.projection, arrays, buffers)
+
+    def send_block(
+        self, row: Projection, arrays: Sequence[np.ndarray], buffers: StagingBuffers
+    ) -> tuple[Array, Array, Array]:
+        """A block's arrays on their way to the devices of this host."""
+        a, b, scales = arrays
+        a_in, b_in = staged_specs(self.specs.rows[row.name])
         return (
             buffers.send(a, NamedSharding(self._mesh, a_in)),
             buffers.send(b, NamedSharding(self._mesh, b_in)),
             self._put(scales),
         )
+
+    def _stage_feature(self, write: FeatureWrite, staged: StagedAdapter) -> None:
+        values = self._feature_arrays(write)
+        if self._hosts is not None:
+            self._hosts.stage("feature", [staged.number, *write.name], values)
+        staged.features[write.name] = values
 
     def apply(
         self, manager: LoRAModelManager, staged: MutableMapping[str, StagedAdapter] | None = None
@@ -159,7 +173,8 @@ class AdapterPool:
         """
         writes, staged = manager.take_writes(), {} if staged is None else staged
         try:
-            self._apply(manager, writes, staged)
+            with working(self._hosts):
+                self._apply(manager, writes, staged)
         except BaseException:  # an interrupt too
             manager.put_back(writes)
             raise
@@ -172,25 +187,50 @@ class AdapterPool:
         writes: list[Write],
         staged: MutableMapping[str, StagedAdapter],
     ) -> None:
-        buffers, nothing = StagingBuffers(), StagedAdapter()
+        buffers = StagingBuffers()
         for write in writes:
             if isinstance(write, BlockWrite):
-                there = staged.get(write.lora.key, nothing).blocks.get(write.name)
-                arrays = self._send(write, buffers) if there is None else there
-                self._write_block(write.projection, write.layer or 0, write.block, *arrays)
+                self._apply_block(write, staged.get(write.lora.key), buffers)
         buffers.wait()  # what was sent takes device memory until then
         if manager.version != self._version:
-            rows = {
-                name: dataclasses.replace(row, slots=self._table(manager.slot_maps[name]))
-                for name, row in self.state.rows.items()
-            }
-            features = self._put(manager.features.copy())
-            self.state = dataclasses.replace(self.state, rows=rows, features=features)
+            # Copies: the transfer may read them after the manager has gone on.
+            slots = [manager.slot_maps[name] for name in self.state.rows]
+            tables = [x.copy() for one in slots for x in (one.blocks, one.counts, one.scales)]
+            tables.append(manager.features.copy())
+            with agreed(self._hosts, "tables", [], tables):
+                self.set_tables(tables)
             self._version = manager.version
         for write in writes:
             if isinstance(write, FeatureWrite):  # magnitudes read blocks and slot tables
-                values = staged.get(write.lora.key, nothing).features.get(write.name)
-                self._write_feature(write, values or self._feature_arrays(write))
+                self._apply_feature(write, staged.get(write.lora.key))
+
+    def _apply_block(
+        self, write: BlockWrite, staged: StagedAdapter | None, buffers: StagingBuffers
+    ) -> None:
+        name, layer = write.name, write.layer or 0
+        if staged is None or name not in staged.blocks:
+            with staging(self._hosts) as staged:
+                self._stage_block(write, staged, buffers)
+        with agreed(self._hosts, "block", [staged.number, *name, layer, write.block], []):
+            self.write_block(write.projection, layer, write.block, *staged.blocks[name])
+
+    def _apply_feature(self, write: FeatureWrite, staged: StagedAdapter | None) -> None:
+        name = write.name
+        if staged is None or name not in staged.features:
+            with staging(self._hosts) as staged:
+                self._stage_feature(write, staged)
+        with agreed(self._hosts, "feature", [staged.number, *name, write.index], []):
+            self.write_feature(*name, write.index, staged.features[name])
+
+    def set_tables(self, tables: list[np.ndarray]) -> None:
+        """tables: blocks, counts and scales of every row's slots, then the feature table."""
+        rows = {
+            name: dataclasses.replace(
+                row, slots=SlotTable(*self._put(tuple(tables[3 * at : 3 * at + 3])))
+            )
+            for at, (name, row) in enumerate(self.state.rows.items())
+        }
+        self.state = dataclasses.replace(self.state, rows=rows, features=self._put(tables[-1]))
 
     def _feature_arrays(self, write: FeatureWrite) -> tuple[np.ndarray, ...]:
         """What `_write_feature` writes: made of what the host holds."""
@@ -205,17 +245,20 @@ class AdapterPool:
                 vocab = self.state.full[write.projection.name].shape[1]
                 return (write.matrix(vocab, self._base_weight).astype(self._dtype),)
 
-    def _write_feature(self, write: FeatureWrite, values: tuple[np.ndarray, ...]) -> None:
-        row, at = write.projection, write.index
-        match write.feature:
+    def write_feature(
+        self, feature: Feature, name: str, at: int, values: tuple[np.ndarray, ...]
+    ) -> None:
+        """at: FeatureWrite.index. values: as `_feature_arrays` gives them."""
+        row = self.row(name)
+        match feature:
             case Feature.MAGNITUDE:
                 self._write_magnitudes(row, at, *values)
             case Feature.BIAS:
                 self._write_biases(row, at, *values)
             case Feature.EMBED_ROWS | Feature.HEAD_ROWS:
-                self._write_token_rows(row.name, at, *values)
+                self._write_token_rows(name, at, *values)
             case _:
-                self._write_matrix(row.name, at, *values)
+                self._write_matrix(name, at, *values)
 
     def _run(
         self,
@@ -237,17 +280,22 @@ class AdapterPool:
         rows = {**self.state.rows, name: dataclasses.replace(self.state.rows[name], **changes)}
         self.state = dataclasses.replace(self.state, rows=rows)
 
-    def _write_block(
+    def row(self, name: str) -> Projection:
+        """A row of the projection table, also of the vocabulary."""
+        every = (*pool_rows(self._modules, self._config), *self._modules.vocab_projections)
+        return next(row for row in every if row.name == name)
+
+    def write_block(
         self, row: Projection, layer: int, block: int, a: Array, b: Array, scales: Array
     ) -> None:
-        """a, b, scales: as `_send` gives them; block is counted without experts."""
+        """a, b, scales: as `send_block` gives them; block is counted without experts."""
         pool, at = (
             self.state.rows[row.name],
             np.array([layer, block * (row.experts or 1)], np.int32),
         )
         new_a, new_b = self._run(
             ("block", row.name, a.dtype),
-            lambda: functools.partial(write_block, part_of=self._part_of(row)),
+            lambda: functools.partial(replace_block, part_of=part_of(row, self._shards)),
             (0, 1),
             (self.specs.rows[row.name].a, self.specs.rows[row.name].b),
             pool.a,
@@ -258,12 +306,6 @@ class AdapterPool:
             b,
         )
         self._set_row(row.name, a=new_a, b=new_b)
-
-    def _part_of(self, row: Projection) -> np.ndarray:
-        """int32 [stored width]: the part of each stored column."""
-        widths = [part.width for part in row.parts]
-        part_of_column = np.repeat(np.arange(len(widths)), widths)
-        return part_of_column[row.columns(self._shards)].astype(np.int32)
 
     def _write_biases(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width]."""
@@ -290,7 +332,10 @@ class AdapterPool:
         def make() -> Callable:
             whole = RowPool(specs.a, specs.b, specs.slots)
             weight = self._model.weight(name, 0)[1]
-            function = functools.partial(self._magnitudes, row=row)
+            vocab = self._modules.config.vocab_size
+            function = functools.partial(
+                replace_magnitudes, row=row, shards=self._shards, vocab=vocab
+            )
             all_specs = (spec, weight, whole, WHOLE, PartitionSpec(None, *spec[2:]))
             return jax.shard_map(
                 function, mesh=self._mesh, in_specs=all_specs, out_specs=spec, check_vma=False
@@ -311,22 +356,6 @@ class AdapterPool:
                 staged,
             )
             self._set_row(name, magnitude=new)
-
-    def _magnitudes(
-        self, old: Array, weight: Array, pool: RowPool, at: Array, values: Array, *, row: Projection
-    ) -> Array:
-        """old with one layer and slot written; everything is one device's share."""
-        layer, slot = at[0], at[1]
-        sums = row.shard == "in"
-        if row.name == EMBED:  # the vocabulary is its input, and divided; the pool's A is whole
-            pool, weight = _embedding_as_input(pool, weight, self._modules.config.vocab_size)
-            sums = True
-        if row.name == HEAD:
-            weight = weight.T
-        a, b = slot_blocks(pool, layer, slot)
-        norms = merged_norms(weight, a, b, row.local_widths(self._shards), sums)
-        new = magnitude_factor(values[layer], norms)
-        return jax.lax.dynamic_update_slice(old, new[None, None], (layer, slot, 0))
 
     def _write_token_rows(self, name: str, slot: int, ids: np.ndarray, rows: np.ndarray) -> None:
         """ids: int32 [rows], -1 past the last; rows: float32 [rows, hidden]."""
@@ -358,39 +387,3 @@ class AdapterPool:
             self._put(matrix, PartitionSpec(AXIS, None)),
         )
         self.state = dataclasses.replace(self.state, full={**self.state.full, name: new})
-
-
-def _embedding_as_input(pool: RowPool, weight: Array, vocab: int) -> tuple[RowPool, Array]:
-    """A device's share of the vocabulary as the input of a projection; rows past it are zero."""
-    count = weight.shape[0]
-    token = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
-    known = token < vocab
-    a = pool.a[:, jnp.minimum(token, pool.a.shape[1] - 1)]  # [blocks, local vocab, rank]
-    a = jnp.where(known[None, :, None], a, 0)
-    a = jnp.swapaxes(a, 1, 2)[None, :, None]
-    return dataclasses.replace(pool, a=a), jnp.where(known[:, None], weight, 0)
-
-
-def write_block(
-    a: Array,
-    b: Array,
-    at: Array,
-    scales: Array,
-    new_a: Array,
-    new_b: Array,
-    *,
-    part_of: np.ndarray,
-) -> tuple[Array, Array]:
-    """a and b with one block replaced; the scale goes into B, in float32 before the cast.
-
-    at: the first layer, and the block (of the first expert). new_a [layers, experts, parts, rank,
-    d_in], new_b [layers, experts, d_out, rank], scales [layers, experts, parts]. The a of
-    embed_tokens is [blocks, vocabulary, rank].
-    """
-    first: tuple[Any, ...] = (at[0], at[1], 0, 0, 0)
-    if a.ndim == 3:
-        new_a, first = jnp.swapaxes(new_a[0, :, 0], 1, 2), (at[1], 0, 0)
-    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype), first)
-    scaled = new_b.astype(jnp.float32) * scales[:, :, part_of][..., None]
-    scaled = jnp.swapaxes(scaled, 2, 3).astype(b.dtype)  # [layers, experts, rank, d_out]
-    return a, jax.lax.dynamic_update_slice(b, scaled, (at[0], at[1], 0, 0))

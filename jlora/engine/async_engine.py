@@ -149,5 +149,6 @@ class AsyncLLMEngine:
         return await self._call(self.engine.get_tokenizer, lora_request)
 
     def shutdown(self) -> None:
-        """Ends the thread when what it does now is done."""
+        """Ends the thread when what it does now is done, and what other hosts do for the engine."""
         self._thread.shutdown()
+        self.engine.shutdown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import time
@@ -10,40 +9,31 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jlora import kernels
 from jlora.config import EngineArgs
 from jlora.engine import memory
 from jlora.engine.adapter_methods import IDLE_SECONDS, AdapterMethods
-from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.arrivals import Arrival, Arrivals
+from jlora.engine.device_side import (
+    describe,
+    make_device_side,
+    read_model_config,
+    require_same,
+)
+from jlora.engine.hosts import lead, making
 from jlora.engine.inputs import InputProcessor
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.outputs import record_prompt_logprobs, record_token, request_output
-from jlora.engine.pool_layout import pool_bytes, staged_bytes
-from jlora.engine.programs import RunnerConfig
-from jlora.engine.runner import ModelRunner, StepResult
+from jlora.engine.runner import StepResult
 from jlora.engine.sampler import variant_of
 from jlora.engine.scheduler import Plan, Scheduler
 from jlora.engine.sequence import RequestState, Sequence
-from jlora.engine.setup import (
-    check_sizes,
-    choose_implementation,
-    lora_limits,
-    make_mesh,
-    memory_table,
-    runner_sizes,
-)
-from jlora.kernels import Implementation
+from jlora.engine.setup import lora_limits
 from jlora.manager import (
     AdapterVersion,
     TieredLoRAManager,
 )
-from jlora.model import AXIS, BaseWeights, load_hf_config, load_model, model_config
-from jlora.projections import ModuleMap, check_shards
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -56,54 +46,47 @@ class LLMEngine(AdapterMethods):
         """Loads the model, allocates everything, and compiles (unless enforce_eager)."""
         start = time.perf_counter()
         memory.reserve_fraction(args.gpu_memory_utilization)
-        hf = load_hf_config(args.model, args.revision)
-        model = model_config(hf, args.dtype)
-        check_shards(model, args.tensor_parallel_size, args.fully_sharded_loras)
-        mesh = make_mesh(args.tensor_parallel_size)
-        implementation = choose_implementation(args, model)
+        self.args, self.hosts = args, lead(args.host_timeout)
+        with making(self.hosts):
+            self._make_device_side(progress)
+            self._make_host_side()
+            if not args.enforce_eager:
+                self.warm_up(progress)
+            for request in args.lora_modules or ():
+                self.add_lora(request)
+        logger.info("ready in %.1f s", time.perf_counter() - start)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, *, progress: bool = False) -> LLMEngine:
+        """vLLM's constructor."""
+        return cls(engine_args, progress=progress)
+
+    # -- construction ----------------------------------------------------------------------
+
+    def _make_device_side(self, progress: bool) -> None:
+        args = self.args
+        model = read_model_config(args)
         self.lora_config = lora_limits(args, model)
-        if self.lora_config is not None:
-            extra = self.lora_config.lora_extra_vocab_size
-            model = dataclasses.replace(model, extra_vocab_size=extra)
-        self.args, self.model_config = args, model
-        check_sizes(args, model)
-        if implementation == "tpu" and args.allow_nonfinite_loras:
-            raise NotImplementedError(
-                "allow_nonfinite_loras=True is not supported on TPU: its kernels multiply tokens "
-                "of one tile with the blocks of each other's adapters, and 0 * NaN is NaN"
-            )
-        self.modules = ModuleMap(model)
-        self.inputs = InputProcessor(args, model)
-        seed = args.seed if args.load_format == "dummy" else None
-        weights = load_model(
-            model,
-            args.model,
-            mesh,
-            revision=args.revision,
-            load_format=args.load_format,
-            dummy_seed=seed,
-            progress=progress,
-        )
+        if self.hosts is not None:
+            require_same(self.hosts, args, model, self.lora_config)
+        what = describe(args, model, self.lora_config)
+        self.model_config = what.model
+        self.inputs = InputProcessor(args, what.model)
+        device = make_device_side(what, self.hosts, progress)
+        self.modules, self.runner, self._base = device.modules, device.runner, device.base
+
+    def _make_host_side(self) -> None:
+        args, sizes, pool = self.args, self.runner.config, self.runner.pool
         self.lora: TieredLoRAManager | None = None
-        pool, staged, shards = None, 0, args.tensor_parallel_size
-        if self.lora_config is not None:
-            made_up = None if seed is None else weights
-            base = BaseWeights(model, args.model, args.revision, args.load_format, made_up)
-            dtype = self._pool_dtype(implementation)
-            pool = AdapterPool(self.modules, self.lora_config, dtype, mesh, weights, base)
-            staged = staged_bytes(self.modules, self.lora_config, dtype, shards)
+        if self.lora_config is not None and pool is not None:
             self.lora = TieredLoRAManager(
                 self.modules,
                 self.lora_config,
-                base,
+                self._base,
                 model_name=args.model,
                 stage=pool.stage,
                 prepare=self.inputs.read_tokenizer,
             )
-        jax.block_until_ready(weights.params)
-        sizes = runner_sizes(args, model, implementation, staged)
-        self.runner = ModelRunner(weights, model, sizes, mesh, pool)
-        self._log_memory(weights.params, sizes, mesh, pool)
         caching = args.enable_prefix_caching is not False
         self.pages = PageAllocator(sizes.num_pages, sizes.page_size, caching)
         self.scheduler = Scheduler(
@@ -121,32 +104,6 @@ class LLMEngine(AdapterMethods):
             self.lora.on_superseded = self._follow_version
         self._in_flight: StepResult | None = None
         self._seeds, self._numbers = np.random.default_rng(args.seed), itertools.count()
-        if not args.enforce_eager:
-            self.warm_up(progress)
-        for request in args.lora_modules or ():
-            self.add_lora(request)
-        logger.info("ready in %.1f s", time.perf_counter() - start)
-
-    @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs, *, progress: bool = False) -> LLMEngine:
-        """vLLM's constructor."""
-        return cls(engine_args, progress=progress)
-
-    # -- construction ----------------------------------------------------------------------
-
-    def _pool_dtype(self, implementation: Implementation) -> jnp.dtype:
-        assert self.lora_config is not None  # only called with LoRA on
-        return kernels.storage_dtype(self.lora_config.lora_dtype, implementation=implementation)
-
-    def _log_memory(self, params: Any, sizes: RunnerConfig, mesh: Mesh, pool: Any) -> None:
-        shards = mesh.shape[AXIS]
-        adapters = 0
-        if pool is not None and self.lora_config is not None:
-            dtype = self._pool_dtype(sizes.implementation)
-            adapters = pool_bytes(self.modules, self.lora_config, dtype, shards)
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) // shards
-        kv = self.runner.kv.nbytes // shards
-        logger.info("%s", memory_table(weights, adapters, kv, sizes, self.lora_config))
 
     def warm_up(self, progress: bool = False) -> None:
         """Compiles every executable, then writes a dummy adapter of full rank into every slot."""
@@ -157,6 +114,14 @@ class LLMEngine(AdapterMethods):
             self.runner.pool.apply(self.lora.manager)
         self.runner.pool.apply(self.lora.manager)
         jax.block_until_ready(self.runner.pool.state)
+
+    def shutdown(self) -> None:
+        """Ends what other processes do for this engine, which is of no use then.
+
+        It happens by itself when this process ends. With one process it does nothing.
+        """
+        if self.hosts is not None:
+            self.hosts.close()
 
     # -- requests --------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def num_kv_pages(
 def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int, staged: int) -> int:
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_KV_BYTES

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from jlora.config import ModelConfig
 from jlora.engine.adapter_pool import AdapterPool
+from jlora.engine.hosts import Leader, agreed
 from jlora.engine.programs import RunnerConfig, StepArrays, StepPrograms
 from jlora.engine.sampler import TokenLogprobs, Variant
 from jlora.engine.scheduler import Entry, Plan
-from jlora.engine.state import ADMIT_ROWS, SeqState, admission, empty_state, pack_batch
-from jlora.model import AdapterState, LoadedModel
+from jlora.engine.state import ADMIT_ROWS, SeqState, admission, empty_state, pack_batch, short
+from jlora.model import AdapterState, LoadedModel, place_on
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,14 @@ class StepResult:
     tokens: jax.Array | None
     logprobs: TokenLogprobs | None
     prompt_logprobs: TokenLogprobs | None
+    hosts: Leader | None = None  # who compute it, too
 
     def read(self) -> tuple[np.ndarray | None, TokenLogprobs | None, TokenLogprobs | None]:
         """Waits for the device: tokens [seqs], and the log-probabilities where asked for."""
-        return jax.device_get((self.tokens, self.logprobs, self.prompt_logprobs))
+        arrays = self.tokens, self.logprobs, self.prompt_logprobs
+        if self.hosts is not None:
+            self.hosts.wait(arrays)
+        return jax.device_get(arrays)
 
 
 class ModelRunner:
@@ -52,13 +57,14 @@ class ModelRunner:
         config: RunnerConfig,
         mesh: Mesh,
         pool: AdapterPool | None,
+        hosts: Leader | None = None,
     ) -> None:
-        """Allocates the KV cache and the rows of the sequences."""
+        """Allocates the KV cache and the rows of the sequences. hosts: who are to do the same."""
         # A plain list: flattening an nnx.State of 200 weights takes a millisecond at every call.
         self.params: list[jax.Array] = jax.tree.leaves(model.params)
         specs = None if pool is None else pool.specs
         self.programs = StepPrograms(model, model_config, config, mesh, specs)
-        self.config, self.pool = config, pool
+        self.config, self.pool, self.hosts = config, pool, hosts
         kv = self.programs.kv()
         zeros = functools.partial(jnp.zeros, kv.shape, kv.dtype)
         self.kv = jax.jit(zeros, out_shardings=kv.sharding)()
@@ -119,7 +125,7 @@ class ModelRunner:
     # -- running ---------------------------------------------------------------------------
 
     def _put(self, value: Any) -> Any:
-        return jax.device_put(value, self.programs.replicated)
+        return place_on(value, self.programs.replicated)
 
     def dispatch(self, plan: Plan, variant: Variant, prompt_logprobs: bool) -> StepResult:
         """Starts a step and returns at once; reading its result waits.
@@ -130,23 +136,46 @@ class ModelRunner:
         for start in range(0, len(plan.admitted), ADMIT_ROWS):
             admitted = plan.admitted[start : start + ADMIT_ROWS]
             new, at = admission(admitted, config.max_num_seqs, config.history)
-            self.state = self.compiled("admit")(self.state, *self._put((new, at)))
+            told = [] if self.hosts is None else [at, *short(new)]
+            with agreed(self.hosts, "admit", [], told):
+                self.admit(new, at)
         tokens = next(size for size in config.token_buckets if size >= plan.num_tokens)
-        seqs = config.seq_bucket(tokens)
-        batch = self._put(pack_batch(plan, seqs, config.max_pages))
+        batch = pack_batch(plan, config.seq_bucket(tokens), config.max_pages)
         lora = self.pool is not None and any(entry.sequence.slot >= 0 for entry in plan.entries)
+        drawn = variant if any(entry.sample for entry in plan.entries) else None
+        with agreed(self.hosts, "step", [tokens, lora, drawn, prompt_logprobs], [batch]):
+            arrays = self.run(batch, tokens, lora, drawn, prompt_logprobs)
+        for array in jax.tree.leaves(arrays):
+            array.copy_to_host_async()
+        return StepResult(plan.entries, *arrays, self.hosts)
+
+    def admit(self, new: SeqState, at: np.ndarray) -> None:
+        """Fills the rows of sequences that begin, see `admission`."""
+        self.state = self.compiled("admit")(self.state, *self._put((new, at)))
+
+    def run(
+        self,
+        batch: np.ndarray,
+        tokens: int,
+        lora: bool,
+        variant: Variant | None,
+        prompt_logprobs: bool,
+    ) -> tuple[jax.Array | None, TokenLogprobs | None, TokenLogprobs | None]:
+        """Starts a step that has been planned; the same on every host.
+
+        batch: of `pack_batch`. tokens: the bucket. lora: whether anybody has an adapter. variant:
+        None when nobody gets a token. Returns tokens and log-probabilities as in StepResult.
+        """
+        batch = self._put(batch)
         vocab = lora and self._adapts_vocabulary
         pool, head = self._pool(lora), self._pool(vocab)
         forward = self.compiled("forward", tokens, lora)
         self.kv, last, hidden = forward(self.params, pool, self.kv, self.state, batch)
-        prompt = None
+        prompt, sampled, logprobs = None, None, None
         if prompt_logprobs:
             score = self.compiled("prompt", tokens, vocab)
             prompt = score(self.params, head, hidden, self.state, batch)
-        sampled, logprobs = None, None
-        if any(entry.sample for entry in plan.entries):
-            sampler = self.compiled("sample", seqs, variant, vocab)
+        if variant is not None:
+            sampler = self.compiled("sample", batch.shape[0], variant, vocab)
             self.state, sampled, logprobs = sampler(self.params, head, last, self.state, batch)
-        for array in jax.tree.leaves((sampled, logprobs, prompt)):
-            array.copy_to_host_async()
-        return StepResult(plan.entries, sampled, logprobs, prompt)
+        return sampled, logprobs, prompt

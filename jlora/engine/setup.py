@@ -84,7 +84,17 @@ def lora_limits(args: EngineArgs, model: ModelConfig) -> LoRAConfig | None:
 
 
 def make_mesh(shards: int) -> Mesh:
+    """Over the first devices; of several hosts over all that they have.
+
+    Raises ValueError when there are fewer devices, or not as many over several hosts.
+    """
     devices = jax.devices()
+    if jax.process_count() > 1 and shards != len(devices):
+        raise ValueError(
+            f"tensor_parallel_size={shards}, but {jax.process_count()} processes have "
+            f"{len(devices)} {devices[0].platform} devices together, all of which are used; say "
+            f"tensor_parallel_size={len(devices)}, or do not call jax.distributed.initialize"
+        )
     if shards > len(devices):
         raise ValueError(
             f"tensor_parallel_size={shards}, but {len(devices)} {devices[0].platform} devices are "

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jlora.model import place_on
+
 _EACH = 4  # arrays of a kind, for the blocks of a large adapter: one is filled, others are sent
 
 
@@ -16,11 +18,13 @@ _EACH = 4  # arrays of a kind, for the blocks of a large adapter: one is filled,
 class StagedAdapter:
     """An adapter that only needs a place: blocks on the device, and arrays of its features.
 
-    blocks: by BlockWrite.name, a, b and scales. features: by FeatureWrite.name.
+    blocks: by BlockWrite.name, a, b and scales. features: by FeatureWrite.name. number: by which
+    other hosts know it.
     """
 
     blocks: dict[tuple, tuple[jax.Array, jax.Array, jax.Array]] = field(default_factory=dict)
     features: dict[tuple, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    number: int = -1
 
 
 class StagingBuffers:
@@ -45,7 +49,7 @@ class StagingBuffers:
 
     def send(self, array: np.ndarray, sharding: Sharding) -> jax.Array:
         """To the device. The array is not to be touched again, but by who gets it from `empty`."""
-        sent = jax.device_put(array, sharding)
+        sent = place_on(array, sharding)
         self._sent.append((sent, array))
         return sent
 

@@ -93,6 +93,19 @@ def admission(sequences: list[Sequence], rows: int, history: int) -> tuple[SeqSt
     return state, at
 
 
+def short(new: SeqState) -> list[np.ndarray]:
+    """The arrays of an `admission` without the columns that no sequence reaches."""
+    used = new.tokens.any(axis=0).nonzero()[0]
+    return [new.tokens[:, : used.max(initial=-1) + 1], *list(vars(new).values())[1:]]
+
+
+def unshortened(arrays: list[np.ndarray], history: int) -> SeqState:
+    """The opposite of `short`."""
+    tokens = np.zeros((len(arrays[0]), history), np.int32)
+    tokens[:, : arrays[0].shape[1]] = arrays[0]
+    return SeqState(tokens, *arrays[1:])
+
+
 def admit(state: SeqState, new: SeqState, at: Int[Array, " admitted"]) -> SeqState:
     """state with the new rows in their places (out of range: nowhere); in place when donated."""
     return jax.tree.map(lambda old, rows: old.at[at].set(rows, mode="drop"), state, new)

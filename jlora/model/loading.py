@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from jlora.config import ModelConfig
 from jlora.model.decoder import Decoder
 from jlora.model.layers import AXIS
 from jlora.model.orbax_checkpoint import FOLDER, OrbaxCheckpoint, has_orbax_weights
+from jlora.model.placing import place_on
 from jlora.model.safetensors_checkpoint import SafetensorsCheckpoint, find_checkpoint
 from jlora.model.weight_table import Path_, Weight, weight_table
 
@@ -141,8 +143,8 @@ def _random_weights(
         shape = shapes[weight.path]
         sharding = NamedSharding(mesh, weight.spec)
         if "norm" in str(weight.path[-2]):
-            one = jnp.full(shape.shape, 1 - norm_offset, shape.dtype)
-            arrays[weight.path] = jax.device_put(one, sharding)
+            one = np.full(shape.shape, 1 - norm_offset, shape.dtype)
+            arrays[weight.path] = place_on(one, sharding)
         else:
             key = jax.random.fold_in(jax.random.key(seed), index)
             arrays[weight.path] = draw(key, shape.shape, shape.dtype, sharding)

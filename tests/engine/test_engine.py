@@ -485,14 +485,14 @@ def test_unknown_and_unsupported_arguments_are_named(files):
 def test_sizes_that_cannot_be_are_named(files, options, message, monkeypatch):
     """Before minutes go into weights, where the memory left does not matter."""
     if "num_gpu_blocks_override" not in options:
-        monkeypatch.delattr("jlora.engine.llm_engine.load_model")
+        monkeypatch.delattr("jlora.engine.device_side.load_model")
     with pytest.raises(ValueError, match=message):
         small_llm(files.model, **options)
 
 
 def test_more_devices_than_there_are(files, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
-    monkeypatch.delattr("jlora.engine.llm_engine.load_model")
+    monkeypatch.delattr("jlora.engine.device_side.load_model")
     with pytest.raises(ValueError, match="tensor_parallel_size=6, but 2 cpu devices are visible"):
         small_llm(files.model, tensor_parallel_size=6)
 

@@ -1,0 +1,26 @@
+"""Arrays of the host on the devices of a mesh, whose other devices may be another host's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+
+def place_on(value: Any, sharding: Sharding) -> Any:
+    """A tree of numpy arrays as jax arrays, divided by a sharding.
+
+    When it is over the devices of several hosts, each calls this with the same arrays and sends its
+    own share. (device_put would have the hosts compare their arrays, by a collective that they all
+    must reach at the same time: 1.5 ms a call on loopback, and never in a thread.)
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+
+    def share(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(share, value)
