@@ -102,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(generate, "sampling", SAMPLING)
     _add_options(generate, "engine", ENGINE)
+    _add_writers(commands)
+    demo = commands.add_parser("demo", help="one mixed batch of the adapters that ship with jlora")
+    demo.add_argument("text", nargs="*", help="one or two lower-case words (default: random ones)")
+    demo.add_argument("--count", type=int, default=3, help="random texts, when none are given")
+    demo.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_writers(commands: Any) -> None:
+    """The commands that write a model or an adapter in another form."""
     convert = commands.add_parser(
         "convert", help="write a model's weights ready for loading", description=CONVERT_HELP
     )
@@ -115,11 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("adapter", help="a folder or Hub repository")
     export.add_argument("out", type=Path, help="a folder, which does not exist or is empty")
     export.add_argument("--model", help="check first that the adapter fits this model")
-    demo = commands.add_parser("demo", help="one mixed batch of the adapters that ship with jlora")
-    demo.add_argument("text", nargs="*", help="one or two lower-case words (default: random ones)")
-    demo.add_argument("--count", type=int, default=3, help="random texts, when none are given")
-    demo.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

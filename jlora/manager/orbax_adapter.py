@@ -8,6 +8,7 @@ docs/adapters.md describes both.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -148,26 +149,28 @@ def _placed(
         _refuse(keys, array, adapter, "only matrices of linear modules can have an adapter")
     if len(array.shape) < 2 or 0 in array.shape:
         _refuse(keys, array, adapter, "expected two axes or more")
-    if which == "a":
-        rank, width = array.shape[-1], int(np.prod(array.shape[:-1]))
-        for one in modules:
-            yield (
-                f"{one}.lora_A.weight",
-                OrbaxTensor(
-                    array, (rank, width), lambda value: value.reshape(-1, value.shape[-1]).T
-                ),
-            )
-        return
     count = len(modules)
-    if count > 1 and array.shape[1] != count:
+    if which == "b" and count > 1 and array.shape[1] != count:
         _refuse(keys, array, adapter, f"expected {count} in its second axis, for {modules}")
-    rank, width = array.shape[0], int(np.prod(array.shape[1:])) // count
-
-    def part(index: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda value: value.reshape(value.shape[0], count, -1)[:, index].T
-
     for index, one in enumerate(modules):
-        yield f"{one}.lora_B.weight", OrbaxTensor(array, (width, rank), part(index))
+        if which == "a":
+            yield f"{one}.lora_A.weight", _lora_a(array)
+        else:
+            yield f"{one}.lora_B.weight", _lora_b(array, index, count)
+
+
+def _lora_a(array: StoredArray) -> OrbaxTensor:
+    """[rank, d_in] of [..., rank]."""
+    rank, width = array.shape[-1], math.prod(array.shape[:-1])
+    return OrbaxTensor(array, (rank, width), lambda value: value.reshape(width, rank).T)
+
+
+def _lora_b(array: StoredArray, part: int, count: int) -> OrbaxTensor:
+    """[d_out, rank] of one of `count` parts of [rank, ...]."""
+    rank, width = array.shape[0], math.prod(array.shape[1:]) // count
+    return OrbaxTensor(
+        array, (width, rank), lambda value: value.reshape(rank, count, width)[:, part].T
+    )
 
 
 def _huggingface(module: list[str]) -> list[str]:

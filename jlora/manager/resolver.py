@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jlora.errors import AdapterError
+from jlora.manager.orbax_adapter import ORBAX_CONFIG_NAME
 from jlora.manager.peft import HUB_FILES, WEIGHTS_NAME
 from jlora.manager.peft_values import CONFIG_NAME
 
@@ -41,7 +42,7 @@ class FolderResolver:
         self.root = Path(os.path.realpath(given))
 
     def resolve_lora(self, lora_name: str) -> str | None:
-        """The folder's real path; None unless it is there and has adapter_config.json.
+        """The folder's real path; None unless it has adapter_config.json or jlora_adapter.json.
 
         Raises AdapterError for a name that is not one of folders below the root, and for a folder
         that is, or holds at any depth, a link to somewhere else.
@@ -50,7 +51,7 @@ class FolderResolver:
         if wrong:
             raise _error(lora_name, f"the name {wrong}; it must be like sql or team/sql")
         folder = self.root.joinpath(*lora_name.split("/"))
-        if not os.path.isfile(folder / CONFIG_NAME):
+        if not any(os.path.isfile(folder / name) for name in (CONFIG_NAME, ORBAX_CONFIG_NAME)):
             return None
         try:
             link = self._link_out(folder)

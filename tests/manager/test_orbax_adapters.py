@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from jlora.cli import main
 from jlora.errors import AdapterError
-from jlora.manager import LoRAModel, export_adapter
+from jlora.manager import FolderResolver, LoRAModel, export_adapter
 from jlora.manager.peft import file_fingerprint
 from tests.manager.adapters import MODULES, WEIGHTS, key, lora_config, make_tensors, widths
 from tests.manager.peft_models import applied, llama, logits, modules_of, read, save, saved_config
@@ -332,6 +332,11 @@ def test_identity_is_of_all_files(tmp_path):
             fingerprint = file_fingerprint(folder)
             os.utime(path, (1, 1))
             assert file_fingerprint(folder) != fingerprint
+
+
+def test_a_folder_of_adapters_has_them_too(tmp_path):
+    folder = write(tmp_path / "team" / "sql", ours(make_tensors()), {"lora_alpha": 4})
+    assert FolderResolver(tmp_path).resolve_lora("team/sql") == os.path.realpath(folder)
 
 
 def test_pefts_files_win(tmp_path):
