@@ -23,7 +23,7 @@ def _divisor(size: int, limit: int) -> int:
     return size if size <= limit else next(tiles, limit)
 
 
-def _tiling(d_in: int, d_out: int, itemsize: int) -> tuple[int, int, int]:
+def tiling(d_in: int, d_out: int, itemsize: int) -> tuple[int, int, int]:
     depth = _divisor(d_in, DEPTH_TILE * 2 // itemsize)
     columns = max(WEIGHT_BYTES // (depth * itemsize) // LANES * LANES, LANES)
     return ROW_TILE, depth, _divisor(d_out, min(columns, DEPTH_TILE))
@@ -46,7 +46,7 @@ def grouped_matmul_tpu(
             w,
             group_sizes,
             preferred_element_type=x.dtype,
-            tiling=_tiling(d_in, d_out, w.dtype.itemsize),
+            tiling=tiling(d_in, d_out, w.dtype.itemsize),
             interpret=interpret,
         )[:rows]
     # `gmm` leaves what is past the last group as it found it.

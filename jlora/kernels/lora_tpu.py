@@ -106,6 +106,15 @@ def _check_rank(rank: int) -> None:
         raise NotImplementedError(f"block rank {rank}; the TPU kernels take 8, 16, 32, 64 and 128")
 
 
+def in_hbm(array, interpret: bool | object):
+    """The array, which XLA may not move: it would copy a whole pool that fits into VMEM there,
+    layer by layer, of which a kernel reads a few blocks.
+    """
+    if interpret or not isinstance(array, jax.core.Tracer):  # it takes effect in a jit only
+        return array
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
 def _copies(work: _Work, step, g, source, buffer, sems, method: str) -> None:
     """Starts or awaits the copies of group g's blocks into half `step % 2` of the buffer.
 
@@ -201,7 +210,7 @@ def lora_shrink_tpu(
         ),
         interpret=interpret,
         name="lora_shrink",
-    )(_one(layer), *work, routing.token_slots[:, None], x, a)
+    )(_one(layer), *work, routing.token_slots[:, None], x, in_hbm(a, interpret))
     return h.reshape(max_blocks, tokens, parts, rank).transpose(1, 0, 2, 3)[None]
 
 
@@ -326,7 +335,7 @@ def lora_expand_tpu(
         ),
         interpret=interpret,
         name="lora_expand",
-    )(_one(layer), *work, routing.token_slots[:, None], y, h, b)
+    )(_one(layer), *work, routing.token_slots[:, None], y, h, in_hbm(b, interpret))
 
 
 def _one(layer) -> Int[Array, "1"]:
