@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.config import LoRAConfig, ModelConfig
 from jlora.engine.pool_layout import pool_layout
@@ -32,7 +32,8 @@ BITS = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "usf" for n in (8,
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.+?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_SIZE = r"([\d.]+)([KMGT])"
+_EXHAUSTED = re.compile(rf"(?:Used |\(){_SIZE}(?: of |\) exceeds available HBM \(){_SIZE}")
 
 
 # ------------------------------------------------------------------------------- compiling
@@ -144,16 +145,18 @@ def array_bytes(kind: str, shape: str) -> int:
     return math.prod(int(size) for size in shape.split(",") if size) * BITS.get(kind, 0) // 8
 
 
-def kernel_blocks(program: list[Instruction], kernel: str) -> int:
-    """Bytes of a kernel's floating point operands and results outside VMEM, over all its calls.
+def kernel_blocks(program: list[Instruction]) -> int:
+    """Bytes of the activations that Pallas kernels take from HBM and leave there.
 
-    Of activations alone: arrays of more than three axes (pools, KV pages) are left out.
+    What XLA keeps in VMEM between two kernels costs none. Arrays of more than three axes are pools
+    and KV pages, and other parameters weights: what kernels read of those is not seen here.
     """
+    weights = {one.name for one in program if one.operation == "parameter"}
     results = {one.name: one.result for one in program}
     total = 0
     for one in program:
-        if one.operation == "tpu_custom_call" and one.name.startswith(kernel):
-            names = re.findall(r"%([\w.-]+)", one.operands)
+        if one.operation == "tpu_custom_call":
+            names = set(re.findall(r"%([\w.-]+)", one.operands)) - weights
             for result in (one.result, *(results.get(name, "") for name in names)):
                 found = _ARRAY.findall(result)
                 if len(found) == 1 and "S(1)" not in result and found[0][0] in ("bf16", "f32"):
@@ -161,15 +164,18 @@ def kernel_blocks(program: list[Instruction], kernel: str) -> int:
     return total
 
 
-def needed_bytes(executable: jax.stages.Compiled) -> int:
-    """HBM of one device that running it takes: arguments, results, temporaries, and the program."""
+def step_bytes(executable: jax.stages.Compiled) -> int:
+    """HBM of one device that running it takes besides its arguments."""
     memory = executable.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def local_bytes(arrays: Any) -> int:
+    """Bytes of described arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arrays)
     )
 
 
@@ -178,6 +184,20 @@ def exhausted_bytes(error: Exception) -> tuple[int, int] | None:
     found = _EXHAUSTED.search(str(error))
     if found is None:
         return None
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    need, limit = ((found[i], units[found[i + 1]]) for i in (1, 3))
-    return int(float(need[0]) * need[1]), int(float(limit[0]) * limit[1])
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    need, limit = (float(found[i]) * units[found[i + 1]] for i in (1, 3))
+    return int(need), int(limit)
+
+
+def hbm_limit(mesh: Mesh) -> int:
+    """HBM of one device that the compiler gives to a program; it says so of one that is too big."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    huge = jax.ShapeDtypeStruct((mesh.size, 2**40), jnp.int8, sharding=sharding)
+    try:
+        with target(mesh), uncached():
+            jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (found := exhausted_bytes(error)) is not None:
+            return found[1]
+        raise
+    raise RuntimeError("the compiler took a terabyte for HBM that is there")

@@ -1,0 +1,307 @@
+"""Compiles whole steps for TPUs that are not there and says what they take; needs only a CPU.
+
+Of each model, slice and number of adapters: the decode step (forward and greedy sampler of a batch)
+and a prefill step, compiled by libtpu. What a step must move is added up from the shapes and the
+kernels' own grids and copies (step_traffic.py), and times are those of published peaks: nothing is
+measured on a TPU. docs/tpu.md says how to read the table.
+
+    JAX_PLATFORMS=cpu python scripts/aot_tpu.py --out aot.jsonl
+    python scripts/aot_tpu.py --table aot.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here as a compiler only
+
+import jax
+from step_traffic import Workload, one_hot_table, step_traffic
+from tpu_facts import CHIPS, MODELS, SLICES, describe_config
+from tqdm import tqdm
+
+from jlora.config import LoRAConfig
+from jlora.engine import aot
+from jlora.engine.programs import RunnerConfig
+from jlora.model import describe_model
+
+PAGE_SIZE, MAX_LOGPROBS, GIB = 32, 20, 2**30
+JOB_BYTES = 6e9  # that a process compiling a 70B may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One model on one slice with so many adapters; experts: those of the experts too."""
+
+    model: str
+    slice: str
+    adapters: int
+    experts: bool
+    batch: int
+    context: int
+    prefill: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.slice} {self.adapters}{'e' if self.experts else ''}"
+
+    def lora(self) -> LoRAConfig | None:
+        if not self.adapters:
+            return None
+        return LoRAConfig(
+            max_loras=self.adapters,
+            max_lora_rank=16,
+            lora_expert_blocks=self.adapters if self.experts else 0,
+        )
+
+    def workloads(self) -> dict[str, Workload]:
+        queries = max(self.prefill // self.batch, 1)
+        kind = (self.adapters, self.experts)
+        return {
+            "decode": Workload(self.batch, 1, self.context, *kind),
+            "prefill": Workload(self.batch, queries, queries, *kind),
+        }
+
+
+def compile_job(job: Job) -> list[dict[str, Any]]:
+    """A record of the decode step and one of the prefill step."""
+    where, model = SLICES[job.slice], describe_config(MODELS[job.model])
+    mesh = aot.tpu_mesh(where.topology, where.devices)
+    pages = job.batch * -(-job.context // PAGE_SIZE)
+    sizes = RunnerConfig(
+        job.batch, max(job.prefill, job.batch), job.context, PAGE_SIZE, pages, MAX_LOGPROBS, "tpu"
+    )
+    programs, arrays = aot.describe_step(model, sizes, job.lora(), mesh)
+    resident = {
+        name: aot.local_bytes(part)
+        for name, part in (("weights", arrays.params), ("pool", arrays.pool), ("kv", arrays.kv))
+    }
+    lora, limit = job.adapters > 0, aot.hbm_limit(mesh)
+    described, records = describe_model(model, mesh), []
+    for step, work in job.workloads().items():
+        keys: list[tuple] = [("forward", work.tokens, lora)]
+        keys += [("sample", job.batch, "greedy", False)] if step == "decode" else []
+        moved = step_traffic(model, described, where.devices, PAGE_SIZE, work)
+        record = {
+            **dataclasses.asdict(job),
+            "step": step,
+            "devices": where.devices,
+            "limit": limit,
+            "resident": resident,
+            "moved": moved._asdict(),
+            **compiled([(programs, arrays, key) for key in keys], sum(resident.values())),
+            "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+        }
+        record["fits"] = record["need"] <= limit
+        records.append(record | roofline(record))
+    return records
+
+
+def compiled(programs: list[tuple], resident: int) -> dict[str, Any]:
+    """What the compiler made of the programs of a step, and the HBM that a device needs."""
+    result: dict[str, Any] = {"need": resident, "compile_seconds": 0.0, "activations": 0}
+    found, kernels = Counter[str](), Counter[str]()
+    sizes: Counter[str] = Counter()
+    for program in programs:
+        begin = time.perf_counter()
+        try:
+            executable = aot.compile_step(*program)
+        except jax.errors.JaxRuntimeError as error:
+            exhausted = aot.exhausted_bytes(error)
+            if exhausted is None:
+                raise
+            result["need"] = max(result["need"], exhausted[0])
+            result["refused"] = str(error).splitlines()[0][:200]
+            break
+        result["compile_seconds"] += round(time.perf_counter() - begin, 2)
+        result["need"] = max(result["need"], resident + aot.step_bytes(executable))
+        lines = aot.instructions(executable)
+        kernels += aot.kernels_of(lines)
+        result["activations"] += aot.kernel_blocks(lines)
+        for kind, (count, size) in aot.collectives_of(lines).items():
+            found[kind] += count
+            sizes[kind] += size
+    collectives = {kind: {"count": found[kind], "bytes": sizes[kind]} for kind in found}
+    return result | {"kernels": dict(kernels), "collectives": collectives}
+
+
+def roofline(record: dict[str, Any]) -> dict[str, Any]:
+    """Bytes and the time of published peaks, of the slower of memory and matrix unit."""
+    chip, moved = CHIPS[SLICES[record["slice"]].chip], record["moved"]
+    size = moved["weights"] + moved["kv"] + moved["adapters"] + record["activations"]
+    times = {
+        "memory": size / (chip.bandwidth / chip.devices),
+        "matrix unit": moved["flops"] / (chip.flops / chip.devices),
+    }
+    bound = max(times, key=lambda name: times[name])
+    return {"bytes": size, "bound": bound, "roofline_ms": round(1e3 * times[bound], 3)}
+
+
+def libtpu_version() -> str:
+    from importlib.metadata import version
+
+    return version("libtpu")
+
+
+# ----------------------------------------------------------------------------------- tables
+
+
+def rows_of(records: list[dict]) -> Iterator[list[str]]:
+    """A row of the big table for each model, slice and number of adapters."""
+    by_job: dict[tuple, dict[str, dict]] = {}
+    for one in records:
+        key = (one["model"], one["slice"], one["adapters"], one["experts"])
+        by_job.setdefault(key, {})[one["step"]] = one
+    for (model, where, adapters, experts), steps in by_job.items():
+        if len(steps) < 2:
+            continue
+        decode, prefill = steps["decode"], steps["prefill"]
+        base = by_job.get((model, where, 0, False), {}).get("decode", decode)
+        need, limit = max(decode["need"], prefill["need"]), decode["limit"]
+        over = need - limit
+        cells = [model, where, f"{adapters}{' + experts' if experts else ''}"]
+        cells += [f"{need / GIB:.1f}", "yes" if over <= 0 else f"no, by {over / GIB:.1f}"]
+        if over > 0:
+            yield cells + ["", "", "", "", "", "", ""]
+            continue
+        ratio = without_kv(decode) / without_kv(base)
+        yield [
+            *cells,
+            f"{decode['bytes'] / 1e9:.2f}",
+            f"{ratio:.3f}",
+            f"{decode['roofline_ms']:.2f}",
+            f"{prefill['moved']['flops'] / 1e12:.2f}",
+            f"{prefill['roofline_ms']:.1f}",
+            collectives_text(decode),
+            f"{decode['compile_seconds']:.0f} + {prefill['compile_seconds']:.0f}",
+        ]
+
+
+def without_kv(record: dict) -> int:
+    return record["bytes"] - record["moved"]["kv"]
+
+
+def collectives_text(record: dict) -> str:
+    return (
+        ", ".join(
+            f"{one['count']} {kind} {one['bytes'] / 1e6:.1f} MB"
+            for kind, one in record["collectives"].items()
+        )
+        or "none"
+    )
+
+
+HEADER = (
+    ("model", "slice", "adapters", "needs GiB", "fits", "decode GB", "× base without KV")
+    + ("decode ms", "prefill TFLOP", "prefill ms", "collectives of a decode step", "compile s")
+)  # fmt: skip
+
+
+def table(header: tuple[str, ...], rows: Iterator[list[str]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def one_hot_rows() -> Iterator[list[str]]:
+    """The kernels against masked einsums: all LoRA of an 8B step on one device."""
+    model = describe_config(MODELS["llama-3.1-8b"])
+    cases = [(32, 8, 8), (32, 32, 8), (32, 32, 32), (2048, 8, 8), (2048, 32, 8), (2048, 32, 32)]
+    for one in one_hot_table(model, cases):
+        cells = [str(one[name]) for name in ("tokens", "slots", "used")]
+        for what in ("pool", "flops"):
+            for of in ("kernel", "one_hot"):
+                cells.append(f"{one[f'{of}_{what}'] / (1e9 if what == 'pool' else 1e12):.2f}")
+        yield cells
+
+
+ONE_HOT_HEADER = (
+    ("tokens", "slots", "in use", "A and B read, GB", "by one-hot, GB")
+    + ("TFLOP as run", "by one-hot, TFLOP")
+)  # fmt: skip
+
+
+def print_tables(path: Path) -> None:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    print(table(HEADER, rows_of(records)), table(ONE_HOT_HEADER, one_hot_rows()), sep="\n\n")
+
+
+# -------------------------------------------------------------------------------------- main
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    sizes = (args.batch, args.context, args.prefill)
+    return [
+        Job(model, where, int(count.rstrip("e")), count.endswith("e"), *sizes)
+        for model in args.models
+        for where in args.chips
+        for count in args.adapters
+        if not count.endswith("e") or "num_experts" in MODELS[model]
+    ]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--chips", nargs="+", choices=SLICES, default=list(SLICES))
+    help_ = "how many; with an e, those of a mixture's experts too"
+    parser.add_argument("--adapters", nargs="+", default=["0", "8", "32", "8e"], help=help_)
+    parser.add_argument("--batch", type=int, default=32, help="sequences of a decode step")
+    parser.add_argument("--context", type=int, default=2048, help="positions of each of them")
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens of a prefill step")
+    parser.add_argument("--processes", type=int, help="by default as memory and cores allow")
+    parser.add_argument("--out", type=Path, help="JSON lines; what is there already is kept")
+    parser.add_argument("--table", type=Path, help="only print the tables of such a file")
+    return parser.parse_args()
+
+
+def default_processes() -> int:
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, int(memory / JOB_BYTES)))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.table:
+        return print_tables(args.table)
+    out, jobs = args.out or Path("tpu_aot.jsonl"), jobs_of(args)
+    if out.exists():
+        seen = [json.loads(line) for line in out.read_text().splitlines()]
+        fields = [field.name for field in dataclasses.fields(Job)]
+        done = {Job(**{name: one[name] for name in fields}) for one in seen}
+        jobs = [job for job in jobs if job not in done]
+    context = multiprocessing.get_context("spawn")
+    failed = 0
+    workers = args.processes or default_processes()
+    # A process keeps what JAX has traced and compiled, so each serves a few jobs only.
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=4) as pool:
+        running = {pool.submit(compile_job, job): job for job in jobs}
+        for future in tqdm(as_completed(running), total=len(jobs), dynamic_ncols=True):
+            with contextlib.ExitStack() as stack:
+                try:
+                    records = future.result()
+                except Exception as error:  # of one job: the others go on
+                    failed += 1
+                    print(f"{running[future].name}: {str(error)[:300]}", file=sys.stderr)
+                    continue
+                file = stack.enter_context(out.open("a"))
+                file.writelines(json.dumps(record) + "\n" for record in records)
+    print_tables(out)
+    if failed:
+        sys.exit(f"{failed} of {len(jobs)} jobs failed")
+
+
+if __name__ == "__main__":
+    main()
