@@ -12,7 +12,6 @@ measured on a TPU. docs/tpu.md says how to read the table.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -22,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,20 @@ from tqdm import tqdm
 
 from jlora.config import LoRAConfig
 from jlora.engine import aot
-from jlora.engine.programs import RunnerConfig
+from jlora.engine.programs import RunnerConfig, StepArrays, StepPrograms
 from jlora.model import describe_model
 
 PAGE_SIZE, MAX_LOGPROBS, GIB = 32, 20, 2**30
+STEPS = ("decode", "prefill")
 JOB_BYTES = 6e9  # that a process compiling a 70B may take
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One model on one slice with so many adapters; experts: those of the experts too."""
+    """A step of one model on one slice with so many adapters; experts: those of the experts too.
+
+    prefill: its tokens, or None for the decode step.
+    """
 
     model: str
     slice: str
@@ -52,11 +56,16 @@ class Job:
     experts: bool
     batch: int
     context: int
-    prefill: int
+    prefill: int | None
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.slice} {self.adapters}{'e' if self.experts else ''}"
+        kind = "decode" if self.prefill is None else "prefill"
+        return f"{self.model} {self.slice} {self.adapters}{'e' if self.experts else ''} {kind}"
+
+    @property
+    def step(self) -> str:
+        return "decode" if self.prefill is None else "prefill"
 
     def lora(self) -> LoRAConfig | None:
         if not self.adapters:
@@ -67,58 +76,66 @@ class Job:
             lora_expert_blocks=self.adapters if self.experts else 0,
         )
 
-    def workloads(self) -> dict[str, Workload]:
-        queries = max(self.prefill // self.batch, 1)
+    def sizes(self) -> RunnerConfig:
+        pages = self.batch * -(-self.context // PAGE_SIZE)
+        tokens = max(self.prefill or 0, self.batch)
+        sizes = (self.batch, tokens, self.context, PAGE_SIZE, pages, MAX_LOGPROBS)
+        return RunnerConfig(*sizes, "tpu")
+
+    def workload(self) -> Workload:
         kind = (self.adapters, self.experts)
-        return {
-            "decode": Workload(self.batch, 1, self.context, *kind),
-            "prefill": Workload(self.batch, queries, queries, *kind),
-        }
+        if self.prefill is None:
+            return Workload(self.batch, 1, self.context, *kind)
+        queries = max(self.prefill // self.batch, 1)
+        return Workload(self.batch, queries, queries, *kind)
+
+    def keys(self) -> list[tuple]:
+        """The executables of the step."""
+        forward = ("forward", self.workload().tokens, self.adapters > 0)
+        if self.prefill is None:
+            return [forward, ("sample", self.batch, "greedy", False)]
+        return [forward]
 
 
-def compile_job(job: Job) -> list[dict[str, Any]]:
-    """A record of the decode step and one of the prefill step."""
+def compile_job(job: Job) -> dict[str, Any]:
+    """What a step takes, on each device."""
     where, model = SLICES[job.slice], describe_config(MODELS[job.model])
     mesh = aot.tpu_mesh(where.topology, where.devices)
-    pages = job.batch * -(-job.context // PAGE_SIZE)
-    sizes = RunnerConfig(
-        job.batch, max(job.prefill, job.batch), job.context, PAGE_SIZE, pages, MAX_LOGPROBS, "tpu"
-    )
-    programs, arrays = aot.describe_step(model, sizes, job.lora(), mesh)
+    programs, arrays = aot.describe_step(model, job.sizes(), job.lora(), mesh)
     resident = {
         name: aot.local_bytes(part)
         for name, part in (("weights", arrays.params), ("pool", arrays.pool), ("kv", arrays.kv))
     }
-    lora, limit = job.adapters > 0, aot.hbm_limit(mesh)
-    described, records = describe_model(model, mesh), []
-    for step, work in job.workloads().items():
-        keys: list[tuple] = [("forward", work.tokens, lora)]
-        keys += [("sample", job.batch, "greedy", False)] if step == "decode" else []
-        moved = step_traffic(model, described, where.devices, PAGE_SIZE, work)
-        record = {
-            **dataclasses.asdict(job),
-            "step": step,
-            "devices": where.devices,
-            "limit": limit,
-            "resident": resident,
-            "moved": moved._asdict(),
-            **compiled([(programs, arrays, key) for key in keys], sum(resident.values())),
-            "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
-        }
-        record["fits"] = record["need"] <= limit
-        records.append(record | roofline(record))
-    return records
+    described, limit = describe_model(model, mesh), aot.hbm_limit(mesh)
+    moved = step_traffic(model, described, where.devices, PAGE_SIZE, job.workload())
+    record = {
+        **dataclasses.asdict(job),
+        "step": job.step,
+        "devices": where.devices,
+        "limit": limit,
+        "resident": resident,
+        "moved": moved._asdict(),
+        "need": sum(resident.values()),
+        "versions": {name: version(name) for name in ("jax", "libtpu")},
+    }
+    if record["need"] > limit:  # the arrays alone
+        return record | {"fits": False}
+    record |= compiled(programs, arrays, job.keys(), record["need"])
+    record["fits"] = record["need"] <= limit
+    return record | (roofline(record) if record["fits"] else {})
 
 
-def compiled(programs: list[tuple], resident: int) -> dict[str, Any]:
+def compiled(
+    programs: StepPrograms, arrays: StepArrays, keys: list[tuple], resident: int
+) -> dict[str, Any]:
     """What the compiler made of the programs of a step, and the HBM that a device needs."""
     result: dict[str, Any] = {"need": resident, "compile_seconds": 0.0, "activations": 0}
     found, kernels = Counter[str](), Counter[str]()
     sizes: Counter[str] = Counter()
-    for program in programs:
+    for key in keys:
         begin = time.perf_counter()
         try:
-            executable = aot.compile_step(*program)
+            executable = aot.compile_step(programs, arrays, key)
         except jax.errors.JaxRuntimeError as error:
             exhausted = aot.exhausted_bytes(error)
             if exhausted is None:
@@ -150,12 +167,6 @@ def roofline(record: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": size, "bound": bound, "roofline_ms": round(1e3 * times[bound], 3)}
 
 
-def libtpu_version() -> str:
-    from importlib.metadata import version
-
-    return version("libtpu")
-
-
 # ----------------------------------------------------------------------------------- tables
 
 
@@ -165,29 +176,35 @@ def rows_of(records: list[dict]) -> Iterator[list[str]]:
     for one in records:
         key = (one["model"], one["slice"], one["adapters"], one["experts"])
         by_job.setdefault(key, {})[one["step"]] = one
-    for (model, where, adapters, experts), steps in by_job.items():
-        if len(steps) < 2:
-            continue
-        decode, prefill = steps["decode"], steps["prefill"]
-        base = by_job.get((model, where, 0, False), {}).get("decode", decode)
-        need, limit = max(decode["need"], prefill["need"]), decode["limit"]
-        over = need - limit
-        cells = [model, where, f"{adapters}{' + experts' if experts else ''}"]
-        cells += [f"{need / GIB:.1f}", "yes" if over <= 0 else f"no, by {over / GIB:.1f}"]
+    order = {name: at for at, name in enumerate([*MODELS, *SLICES])}
+    for key in sorted(by_job, key=lambda key: (order[key[0]], order[key[1]], *key[2:])):
+        steps = by_job[key]
+        need, limit = (max(one[of] for one in steps.values()) for of in ("need", "limit"))
+        over = (need - limit) / GIB
+        cells = [key[0], key[1], f"{key[2]}{' + experts' if key[3] else ''}"]
+        cells += [f"{need / GIB:.1f}", "yes" if over <= 0 else f"no, by {over:.1f}"]
         if over > 0:
-            yield cells + ["", "", "", "", "", "", ""]
+            yield cells + [""] * 7
             continue
-        ratio = without_kv(decode) / without_kv(base)
-        yield [
-            *cells,
-            f"{decode['bytes'] / 1e9:.2f}",
-            f"{ratio:.3f}",
-            f"{decode['roofline_ms']:.2f}",
-            f"{prefill['moved']['flops'] / 1e12:.2f}",
-            f"{prefill['roofline_ms']:.1f}",
-            collectives_text(decode),
-            f"{decode['compile_seconds']:.0f} + {prefill['compile_seconds']:.0f}",
-        ]
+        base = by_job.get((key[0], key[1], 0, False), {}).get("decode")
+        yield cells + decode_cells(steps.get("decode"), base) + prefill_cells(steps)
+
+
+def decode_cells(decode: dict | None, base: dict | None) -> list[str]:
+    if decode is None:
+        return [""] * 4
+    ratio = f"{without_kv(decode) / without_kv(base):.3f}" if base else ""
+    time_ = f"{decode['roofline_ms']:.2f}"
+    return [f"{decode['bytes'] / 1e9:.2f}", ratio, time_, collectives_text(decode)]
+
+
+def prefill_cells(steps: dict[str, dict]) -> list[str]:
+    """With the seconds that compiling took, of decode and prefill."""
+    seconds = " + ".join(f"{one['compile_seconds']:.0f}" for _, one in sorted(steps.items()))
+    prefill = steps.get("prefill")
+    if prefill is None:
+        return ["", "", seconds]
+    return [f"{prefill['moved']['flops'] / 1e12:.2f}", f"{prefill['roofline_ms']:.1f}", seconds]
 
 
 def without_kv(record: dict) -> int:
@@ -205,9 +222,9 @@ def collectives_text(record: dict) -> str:
 
 
 HEADER = (
-    ("model", "slice", "adapters", "needs GiB", "fits", "decode GB", "× base without KV")
-    + ("decode ms", "prefill TFLOP", "prefill ms", "collectives of a decode step", "compile s")
-)  # fmt: skip
+    *("model", "slice", "adapters", "needs GiB", "fits", "decode GB", "× base without KV"),
+    *("decode ms", "collectives of a decode step", "prefill TFLOP", "prefill ms", "compile s"),
+)
 
 
 def table(header: tuple[str, ...], rows: Iterator[list[str]]) -> str:
@@ -228,9 +245,9 @@ def one_hot_rows() -> Iterator[list[str]]:
 
 
 ONE_HOT_HEADER = (
-    ("tokens", "slots", "in use", "A and B read, GB", "by one-hot, GB")
-    + ("TFLOP as run", "by one-hot, TFLOP")
-)  # fmt: skip
+    *("tokens", "slots", "in use", "A and B read, GB", "by one-hot, GB"),
+    *("TFLOP as run", "by one-hot, TFLOP"),
+)
 
 
 def print_tables(path: Path) -> None:
@@ -242,12 +259,13 @@ def print_tables(path: Path) -> None:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    sizes = (args.batch, args.context, args.prefill)
     return [
-        Job(model, where, int(count.rstrip("e")), count.endswith("e"), *sizes)
+        Job(model, where, int(count.rstrip("e")), count.endswith("e"), args.batch, args.context, at)
         for model in args.models
         for where in args.chips
         for count in args.adapters
+        for at in ([None] if "decode" in args.steps else [])
+        + ([args.prefill] if "prefill" in args.steps else [])
         if not count.endswith("e") or "num_experts" in MODELS[model]
     ]
 
@@ -258,11 +276,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chips", nargs="+", choices=SLICES, default=list(SLICES))
     help_ = "how many; with an e, those of a mixture's experts too"
     parser.add_argument("--adapters", nargs="+", default=["0", "8", "32", "8e"], help=help_)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--batch", type=int, default=32, help="sequences of a decode step")
     parser.add_argument("--context", type=int, default=2048, help="positions of each of them")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of a prefill step")
     parser.add_argument("--processes", type=int, help="by default as memory and cores allow")
-    parser.add_argument("--out", type=Path, help="JSON lines; what is there already is kept")
+    help_ = "JSON lines; what is in it already is not compiled again"
+    parser.add_argument("--out", type=Path, default=Path("tpu_aot.jsonl"), help=help_)
     parser.add_argument("--table", type=Path, help="only print the tables of such a file")
     return parser.parse_args()
 
@@ -272,33 +292,35 @@ def default_processes() -> int:
     return max(1, min(os.cpu_count() or 1, int(memory / JOB_BYTES)))
 
 
+def missing(jobs: list[Job], out: Path) -> list[Job]:
+    """The jobs that have no record in the file."""
+    seen = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    fields = [field.name for field in dataclasses.fields(Job)]
+    done = {Job(**{name: one[name] for name in fields}) for one in seen}
+    return [job for job in jobs if job not in done]
+
+
 def main() -> None:
     args = parse_args()
     if args.table:
-        return print_tables(args.table)
-    out, jobs = args.out or Path("tpu_aot.jsonl"), jobs_of(args)
-    if out.exists():
-        seen = [json.loads(line) for line in out.read_text().splitlines()]
-        fields = [field.name for field in dataclasses.fields(Job)]
-        done = {Job(**{name: one[name] for name in fields}) for one in seen}
-        jobs = [job for job in jobs if job not in done]
+        print_tables(args.table)
+        return
+    jobs, failed = missing(jobs_of(args), args.out), 0
     context = multiprocessing.get_context("spawn")
-    failed = 0
     workers = args.processes or default_processes()
     # A process keeps what JAX has traced and compiled, so each serves a few jobs only.
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=4) as pool:
         running = {pool.submit(compile_job, job): job for job in jobs}
         for future in tqdm(as_completed(running), total=len(jobs), dynamic_ncols=True):
-            with contextlib.ExitStack() as stack:
-                try:
-                    records = future.result()
-                except Exception as error:  # of one job: the others go on
-                    failed += 1
-                    print(f"{running[future].name}: {str(error)[:300]}", file=sys.stderr)
-                    continue
-                file = stack.enter_context(out.open("a"))
-                file.writelines(json.dumps(record) + "\n" for record in records)
-    print_tables(out)
+            try:
+                record = future.result()
+            except Exception as error:  # of one job: the others go on
+                failed += 1
+                tqdm.write(f"{running[future].name}: {str(error)[:300]}", file=sys.stderr)
+                continue
+            with args.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    print_tables(args.out)
     if failed:
         sys.exit(f"{failed} of {len(jobs)} jobs failed")
 

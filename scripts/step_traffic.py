@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import ModelConfig
@@ -107,7 +108,8 @@ def lora_traffic(row: Projection, shards: int, slots: np.ndarray, adapters: int)
 
 def _kv(model: ModelConfig, shards: int, page_size: int, work: Workload) -> Traffic:
     kv_heads = max(model.num_kv_heads // shards, 1)
-    page = kv_page_shape(page_size, kv_heads, model.head_dim, model.dtype, implementation="tpu")
+    dtype = jnp.dtype(model.dtype)
+    page = kv_page_shape(page_size, kv_heads, model.head_dim, dtype, implementation="tpu")
     attention = tpu_traffic.attention(
         np.full(work.seqs, work.queries),
         np.full(work.seqs, work.context),

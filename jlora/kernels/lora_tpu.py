@@ -329,7 +329,9 @@ def lora_expand_tpu(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
-        input_output_aliases={1 + len(work) + 1: 0},
+        # Tiles without adapters stay as they are. A single tile is always written, and XLA keeps
+        # y and the result in VMEM where they are two arrays (aliased, in some layers only).
+        input_output_aliases={1 + len(work) + 1: 0} if tokens > tile else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),

@@ -1,9 +1,10 @@
 """What the TPU kernels move and multiply, added up from their grids, index maps and copies.
 
 The compiler's own figure cannot be used: it does not see into a Pallas kernel, and believes what a
-CostEstimate says. Here every operand of a kernel is followed as Pallas does: a block is fetched when
-its index differs from that of the grid step before, a result is written when its index changes, and
-what a kernel copies by itself is counted copy by copy. Routing is data, so it is given in numpy.
+CostEstimate says. Here every operand of a kernel is followed as Pallas does: a block is fetched
+when its index differs from that of the grid step before, a result is written when its index
+changes, and what a kernel copies by itself is counted copy by copy. Routing is data, so it is given
+in numpy.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def walked(monkeypatch, call) -> int:
         patch.setattr(pl, "pallas_call", record)
         call()
     ((spec, leaves, out_shape),) = seen
-    specs = [one for one in jax.tree.leaves([*spec.in_specs, spec.out_specs])]
+    specs = jax.tree.leaves([*spec.in_specs, spec.out_specs])
     operands = [*leaves[len(leaves) - len(specs) + 1 :], out_shape]
     prefetched = [np.asarray(leaf) for leaf in leaves[: len(leaves) - len(specs) + 1]]
     if spec.num_scalar_prefetch == 2:  # gmm's are a pytree and an array
@@ -102,8 +102,10 @@ def lora_inputs(slots: np.ndarray, d_in: int, widths: tuple[int, ...]):
     return x, y, a, kernels.LoRADelta(h, b, 0, routing, table)
 
 
-@pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("widths", [(128,), (384, 128, 128)])
+LORA = [("one", (128,)), ("decode", (384, 128, 128)), ("none", (128,)), ("tiles", (384, 128, 128))]
+
+
+@pytest.mark.parametrize(("slots", "widths"), [*LORA, ("shuffled", (128,))])
 def test_lora(slots, widths, copied, monkeypatch):
     monkeypatch.setattr(lora_tpu, "TOKEN_TILE", TILE)
     monkeypatch.setattr(lora_tpu, "COLUMN_TILE", COLUMNS)
