@@ -99,6 +99,7 @@ class Job:
 
 def compile_job(job: Job) -> dict[str, Any]:
     """What a step takes, on each device."""
+    jax.clear_caches()  # of the job before
     where, model = SLICES[job.slice], describe_config(MODELS[job.model])
     mesh = aot.tpu_mesh(where.topology, where.devices)
     programs, arrays = aot.describe_step(model, job.sizes(), job.lora(), mesh)
@@ -308,8 +309,7 @@ def main() -> None:
     jobs, failed = missing(jobs_of(args), args.out), 0
     context = multiprocessing.get_context("spawn")
     workers = args.processes or default_processes()
-    # A process keeps what JAX has traced and compiled, so each serves a few jobs only.
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         running = {pool.submit(compile_job, job): job for job in jobs}
         for future in tqdm(as_completed(running), total=len(jobs), dynamic_ncols=True):
             try:

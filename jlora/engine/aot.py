@@ -148,8 +148,9 @@ def array_bytes(kind: str, shape: str) -> int:
 def kernel_blocks(program: list[Instruction]) -> int:
     """Bytes of the activations that Pallas kernels take from HBM and leave there.
 
-    What XLA keeps in VMEM between two kernels costs none. Arrays of more than three axes are pools
-    and KV pages, and other parameters weights: what kernels read of those is not seen here.
+    What XLA keeps in VMEM between two kernels costs none. Of the rest, arrays of two or three axes
+    are activations; those with more are pools and KV pages, and parameters are weights: what
+    kernels read of those is not seen here.
     """
     weights = {one.name for one in program if one.operation == "parameter"}
     results = {one.name: one.result for one in program}
@@ -160,7 +161,8 @@ def kernel_blocks(program: list[Instruction]) -> int:
             for result in (one.result, *(results.get(name, "") for name in names)):
                 found = _ARRAY.findall(result)
                 if len(found) == 1 and "S(1)" not in result and found[0][0] in ("bf16", "f32"):
-                    total += array_bytes(*found[0]) if found[0][1].count(",") < 3 else 0
+                    matrix = found[0][1].count(",") in (1, 2)
+                    total += array_bytes(*found[0]) if matrix else 0
     return total
 
 
