@@ -30,6 +30,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 BITS = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "usf" for n in (8, 16, 32, 64)}
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.+?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _SIZE = r"([\d.]+)([KMGT])"
@@ -95,12 +96,16 @@ def compile_step(programs: StepPrograms, arrays: StepArrays, key: tuple) -> jax.
 
 
 class Instruction(NamedTuple):
-    """A line of an optimised program. operation: of a custom call its target."""
+    """A line of an optimised program.
+
+    operation: of a custom call its target. scope: where it comes from, "jit(f)/.../primitive".
+    """
 
     name: str
     result: str
     operation: str
     operands: str
+    scope: str
 
 
 def instructions(executable: jax.stages.Compiled) -> list[Instruction]:
@@ -109,14 +114,18 @@ def instructions(executable: jax.stages.Compiled) -> list[Instruction]:
     for name, result, operation, rest in _INSTRUCTION.findall(executable.as_text() or ""):
         if operation == "custom-call" and (target := _TARGET.search(rest)):
             operation = target[1]
-        found.append(Instruction(name, result, operation, rest.split(")", 1)[0]))
+        scope = _SCOPE.search(rest)
+        operands = rest.split(")", 1)[0]
+        found.append(Instruction(name, result, operation, operands, scope[1] if scope else ""))
     return found
 
 
 def kernels_of(program: list[Instruction]) -> collections.Counter[str]:
     """How often each Pallas kernel is called."""
-    calls = (one.name for one in program if one.operation == "tpu_custom_call")
-    return collections.Counter(name.split(".")[0] for name in calls)
+    scopes = [one.scope.split("/") for one in program if one.operation == "tpu_custom_call"]
+    # A kernel without a name of its own (gmm) has that of the jit around it.
+    names = (scope[-2].removeprefix("jit(").removesuffix(")") for scope in scopes)
+    return collections.Counter(names)
 
 
 def makers(program: list[Instruction], leaf: Any) -> set[str]:
@@ -167,7 +176,7 @@ def kernel_blocks(program: list[Instruction]) -> int:
 
 def step_bytes(executable: jax.stages.Compiled) -> int:
     """HBM of one device that running it takes besides its arguments."""
-    memory = executable.memory_analysis()
+    memory: Any = executable.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 

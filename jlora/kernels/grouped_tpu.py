@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jaxtyping import Array, Float, Int
 
-from jlora.kernels.lora_tpu import LANES, check_dtypes
+from jlora.kernels.lora_tpu import LANES, check_dtypes, in_hbm
 
 ROW_TILE = 128
 WEIGHT_BYTES = 4 * 2**20  # of a tile of w; two of them and the rest must fit in 16 MB of VMEM
@@ -43,7 +43,7 @@ def grouped_matmul_tpu(
     with jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default"):
         out = gmm(
             jnp.pad(x, ((0, -rows % ROW_TILE), (0, 0))),
-            w,
+            in_hbm(w, interpret),  # XLA would copy every expert into VMEM, those without rows too
             group_sizes,
             preferred_element_type=x.dtype,
             tiling=tiling(d_in, d_out, w.dtype.itemsize),
