@@ -122,10 +122,13 @@ def instructions(executable: jax.stages.Compiled) -> list[Instruction]:
 
 def kernels_of(program: list[Instruction]) -> collections.Counter[str]:
     """How often each Pallas kernel is called."""
-    scopes = [one.scope.split("/") for one in program if one.operation == "tpu_custom_call"]
-    # A kernel without a name of its own (gmm) has that of the jit around it.
-    names = (scope[-2].removeprefix("jit(").removesuffix(")") for scope in scopes)
-    return collections.Counter(names)
+    calls = [one for one in program if one.operation == "tpu_custom_call"]
+    # A kernel without a name of its own (gmm) has that of the jit around it, or none at all.
+    names = (re.search(r"([^/]+)/pallas_call", one.scope) for one in calls)
+    return collections.Counter(
+        name[1].removeprefix("jit(").removesuffix(")") if name else one.name.split(".")[0]
+        for name, one in zip(names, calls, strict=True)
+    )
 
 
 def makers(program: list[Instruction], leaf: Any) -> set[str]:
