@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.kernels.attention import MASKED, query_tiles
 from jlora.kernels.lora import dot_precision
+from jlora.kernels.lora_tpu import in_hbm
 
 LANES = 128
 BLOCK_QUERIES, BLOCK_KEYS = 32, 512  # of JAX's kernel
@@ -76,7 +77,7 @@ def ragged_paged_attention_tpu(
     q = _pad(q, padded, padded_group, padded_dim).reshape(tokens, -1, padded_dim)
     attend = _shipped if padded_dim == LANES else _flash
     out = attend(
-        *(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs),
+        *(q, in_hbm(kv_pages, interpret), kv_lens, page_indices, cu_q_lens, num_seqs),
         sm_scale=sm_scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,

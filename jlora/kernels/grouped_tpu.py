@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jaxtyping import Array, Float, Int
 
-from jlora.kernels.lora_tpu import LANES, check_dtypes
+from jlora.kernels.lora_tpu import LANES, check_dtypes, in_hbm
 
 ROW_TILE = 128
 WEIGHT_BYTES = 4 * 2**20  # of a tile of w; two of them and the rest must fit in 16 MB of VMEM
@@ -23,7 +23,7 @@ def _divisor(size: int, limit: int) -> int:
     return size if size <= limit else next(tiles, limit)
 
 
-def _tiling(d_in: int, d_out: int, itemsize: int) -> tuple[int, int, int]:
+def tiling(d_in: int, d_out: int, itemsize: int) -> tuple[int, int, int]:
     depth = _divisor(d_in, DEPTH_TILE * 2 // itemsize)
     columns = max(WEIGHT_BYTES // (depth * itemsize) // LANES * LANES, LANES)
     return ROW_TILE, depth, _divisor(d_out, min(columns, DEPTH_TILE))
@@ -43,10 +43,10 @@ def grouped_matmul_tpu(
     with jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default"):
         out = gmm(
             jnp.pad(x, ((0, -rows % ROW_TILE), (0, 0))),
-            w,
+            in_hbm(w, interpret),  # XLA would copy every expert into VMEM, those without rows too
             group_sizes,
             preferred_element_type=x.dtype,
-            tiling=_tiling(d_in, d_out, w.dtype.itemsize),
+            tiling=tiling(d_in, d_out, w.dtype.itemsize),
             interpret=interpret,
         )[:rows]
     # `gmm` leaves what is past the last group as it found it.

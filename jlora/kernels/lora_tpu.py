@@ -107,6 +107,15 @@ def _check_rank(rank: int) -> None:
         raise NotImplementedError(f"block rank {rank}; the TPU kernels take 8, 16, 32, 64 and 128")
 
 
+def in_hbm(array, interpret: bool | object):
+    """The array, which XLA may not move: it would copy a whole pool that fits into VMEM there,
+    layer by layer, of which a kernel reads a few blocks.
+    """
+    if interpret or not isinstance(array, jax.core.Tracer):  # it takes effect in a jit only
+        return array
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
 def _copies(work: _Work, step, g, source, buffer, sems, method: str) -> None:
     """Starts or awaits the copies of group g's blocks into half `step % 2` of the buffer.
 
@@ -202,7 +211,7 @@ def lora_shrink_tpu(
         ),
         interpret=interpret,
         name="lora_shrink",
-    )(_one(layer), *work, routing.token_slots[:, None], x, a)
+    )(_one(layer), *work, routing.token_slots[:, None], x, in_hbm(a, interpret))
     return h.reshape(max_blocks, tokens, parts, rank).transpose(1, 0, 2, 3)[None]
 
 
@@ -323,13 +332,15 @@ def lora_expand_tpu(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
-        input_output_aliases={1 + len(work) + 1: 0},
+        # Tiles without adapters stay as they are. A single tile is always written, and XLA keeps
+        # y and the result in VMEM where they are two arrays (aliased, in some layers only).
+        input_output_aliases={1 + len(work) + 1: 0} if tokens > tile else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
         name="lora_expand",
-    )(_one(layer), *work, routing.token_slots[:, None], y, h, b)
+    )(_one(layer), *work, routing.token_slots[:, None], y, h, in_hbm(b, interpret))
 
 
 def _one(layer) -> Int[Array, "1"]:

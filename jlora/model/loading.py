@@ -52,7 +52,7 @@ class LoadedModel(NamedTuple):
     params: Any  # nnx.State of arrays
     specs: Any  # nnx.State of PartitionSpecs
 
-    def weight(self, row: str, layer: int) -> tuple[jax.Array, PartitionSpec]:
+    def weight(self, row: str, layer: int) -> tuple[Any, PartitionSpec]:
         """A projection's weight as it is stored, and how it is divided; also of the vocabulary."""
 
         def find(tree: Any) -> Any:

@@ -163,7 +163,7 @@ def test_float16_is_refused_by_name():
 # ------------------------------------------------------------------ compiled, without a TPU
 
 # What may have an array as its result without being a copy of it; kernels write in place.
-IN_PLACE = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "custom-call"}
+IN_PLACE = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "tpu_custom_call"}
 S, BF16 = jax.ShapeDtypeStruct, jnp.dtype(jnp.bfloat16)
 LAYERS, BLOCKS, SLOTS, MAX_BLOCKS = 32, 64, 32, 16
 PAGES, PAGE_SIZE, SEQS, PAGES_PER_SEQ = 8192, 16, 64, 128  # 2048 positions a sequence

@@ -1,0 +1,143 @@
+"""Whole steps compiled for TPUs that are not there: what is in them, and what must not be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+import transformers
+
+from jlora.config import LoRAConfig
+from jlora.engine import aot
+from jlora.engine.programs import RunnerConfig
+from jlora.model import model_config
+
+pytest.importorskip("libtpu")
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+LAYERS, TOKENS = 2, 32
+PAGES = 4096  # more than would fit into VMEM, as any KV cache
+SHAPE = {
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+MODELS = {
+    "dense": lambda: transformers.LlamaConfig(hidden_size=1024, intermediate_size=2048, **SHAPE),
+    "moe": lambda: transformers.Qwen3MoeConfig(
+        hidden_size=512,
+        head_dim=128,
+        moe_intermediate_size=256,
+        num_experts=16,
+        num_experts_per_tok=4,
+        **SHAPE,
+    ),
+}
+ROWS = {"dense": 4, "moe": 5}  # of the projection table
+# What may have an array as its result without being a copy of it; kernels write in place.
+IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "tpu_custom_call"}
+
+
+def step(model: str, chip: str, devices: int):
+    """The functions of a step with 8 adapters, and what they work on."""
+    sizes = RunnerConfig(TOKENS, 512, 2048, 32, PAGES, 20, "tpu")
+    lora = LoRAConfig(max_loras=8, max_lora_rank=16, lora_expert_blocks=8 * (model == "moe"))
+    mesh = aot.tpu_mesh(TOPOLOGIES[chip], devices)
+    return aot.describe_step(model_config(MODELS[model]()), sizes, lora, mesh)
+
+
+def local(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
+
+@pytest.mark.parametrize(
+    ("chip", "model", "devices"),
+    [("v5e", "dense", 1), ("v6e", "dense", 2), ("v6e", "moe", 1), ("v5e", "moe", 2)],
+)
+def test_step_has_the_kernels_that_were_meant_and_copies_nothing(chip, model, devices):
+    programs, arrays = step(model, chip, devices)
+    executable = aot.compile_step(programs, arrays, ("forward", TOKENS, True))
+    program = aot.instructions(executable)
+    expected = {"lora_shrink": LAYERS * ROWS[model], "lora_expand": LAYERS * ROWS[model]}
+    expected |= {"write_kv": LAYERS, "ragged_paged_attention_kernel": LAYERS}
+    found = aot.kernels_of(program)
+    unnamed = found.total() - sum(expected.values())  # jax's gmm, by whatever name it has
+    assert {name: found[name] for name in expected} == expected
+    assert unnamed == (2 * LAYERS if model == "moe" else 0)
+    for pool in arrays.pool.rows.values():
+        assert aot.makers(program, local(pool.a)) | aot.makers(program, local(pool.b)) <= IN_PLACE
+    assert aot.makers(program, local(arrays.kv)) <= IN_PLACE
+    assert executable.memory_analysis().alias_size_in_bytes >= aot.local_bytes(arrays.kv)
+    assert executable.memory_analysis().temp_size_in_bytes < aot.local_bytes(arrays.kv) / 16
+    assert aot.kernel_blocks(program) == 0  # what kernels hand on stays in VMEM
+    if devices > 1:
+        base = aot.compile_step(programs, arrays, ("forward", TOKENS, False))
+        assert aot.kernels_of(aot.instructions(base))["lora_shrink"] == 0
+        assert aot.collectives_of(aot.instructions(base)) == aot.collectives_of(program) != {}
+
+
+def test_adapters_add_no_collective_to_four_devices():
+    programs, arrays = step("dense", "v6e", 4)
+    with_, without = (
+        aot.instructions(aot.compile_step(programs, arrays, ("forward", TOKENS, lora)))
+        for lora in (True, False)
+    )
+    # One all-reduce for the embedding and two a layer.
+    hidden = TOKENS * 1024 * 2
+    assert aot.collectives_of(with_) == aot.collectives_of(without)
+    assert aot.collectives_of(with_) == {"all-reduce": (5, 5 * hidden)}
+
+
+def test_what_does_not_fit_is_said():
+    assert aot.hbm_limit(aot.tpu_mesh("v5e:2x2", 1)) == int(15.75 * 2**30)
+    message = "XLA:TPU compile permanent error. Used 18.20G of 15.75G hbm. Exceeded by 2.45G."
+    assert aot.exhausted_bytes(ValueError(message)) == (int(18.2 * 2**30), int(15.75 * 2**30))
+    assert aot.exhausted_bytes(ValueError("something else")) is None
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import aot_tpu
+
+    return aot_tpu
+
+
+def test_bytes_of_adapters(script):
+    """An 8B without its KV: 8 adapters of rank 16 cost a twentieth at most, 32 a fifth."""
+    model = script.describe_config(script.MODELS["llama-3.1-8b"])
+    described = script.describe_model(model, aot.tpu_mesh("v6e:2x2", 1))
+    base, few, many = (
+        script.step_traffic(model, described, 1, 32, script.Workload(32, 1, 2048, adapters))
+        for adapters in (0, 8, 32)
+    )
+    assert base.adapters == 0 and 15.0e9 < base.weights < 15.1e9
+    assert (few.weights + few.adapters) <= 1.05 * base.weights
+    assert (many.weights + many.adapters) <= 1.20 * base.weights
+
+
+def compiled_records(script, model: str, where: str):
+    jobs = [script.Job(model, where, count, False, 32, 2048, None) for count in (0, 8)]
+    return [script.compile_job(job) for job in jobs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "where", "layers"), [("llama-3.1-8b", "v6e-1", 32), ("llama-3.3-70b", "v6e-8", 80)]
+)
+def test_served_models_fit(model, where, layers, script):
+    """40 s to minutes of compiling each."""
+    base, adapted = compiled_records(script, model, where)
+    assert base["fits"] and adapted["fits"]
+    assert adapted["kernels"]["lora_shrink"] == adapted["kernels"]["lora_expand"] == 4 * layers
+    assert adapted["collectives"] == base["collectives"]
+    assert adapted["activations"] == 0
+    if where == "v6e-1":
+        without_kv = [one["bytes"] - one["moved"]["kv"] for one in (base, adapted)]
+        assert without_kv[1] <= 1.05 * without_kv[0]

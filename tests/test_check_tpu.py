@@ -1,0 +1,38 @@
+"""scripts/check_tpu.py where no TPU is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_tpu.py"
+
+
+def run(*arguments: str, platforms: str = "") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1"}
+    environment |= {"JAX_PLATFORMS": platforms} if platforms else {}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_says_that_no_tpu_is_there():
+    done = run(platforms="cpu")
+    assert done.returncode != 0
+    assert "FAIL  devices" in done.stdout and "no TPU here" in done.stdout
+    assert "lora_shrink" not in done.stdout
+
+
+def test_kernels_on_a_cpu():
+    done = run("--cpu", "--only", "devices", "write_kv", "lora_shrink", "bandwidth")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["pass"] * 4
+    assert lines[-1] == "all checks passed (no TPU was there)"
+
+
+@pytest.mark.slow
+def test_everything_on_a_cpu():
+    done = run("--cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
