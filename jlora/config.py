@@ -71,9 +71,10 @@ class LoRAConfig:
 
     max_lora_rank: largest rank accepted. max_loras: slots on the device, so distinct adapters in
     one step. max_cpu_loras: adapters kept in host memory (default: twice max_loras, and at least 8
-    more). max_cpu_lora_bytes: bytes of their tensors at most. lora_dtype: of the
-    pool on the device, "auto" for the model's. target_modules: when given, the only modules
-    (last name part, e.g. "q_proj") that an adapter may touch; others are refused.
+    more). max_cpu_lora_bytes: bytes of their tensors at most (up to 1 GB besides is kept for the
+    next ones). lora_dtype: of the pool on the device, "auto" for the model's. target_modules: when
+    given, the only modules (last name part, e.g. "q_proj") that an adapter may touch; others are
+    refused.
     lora_pool_blocks: rank blocks (of 16) a projection on the device; by default enough for
     max_loras adapters of max_lora_rank, fewer make room for something else. max_lora_blocks: rank
     blocks a slot may list in each projection, so of one request (a mixture of adapters lists those

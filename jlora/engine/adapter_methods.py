@@ -71,9 +71,16 @@ class AdapterMethods:
         self._write_adapters()
         return placed
 
+    def stop_placing(self, lora_id: int) -> None:
+        """Nobody goes on to call `place_lora` for the adapter."""
+        self._manager().stop_placing([lora_id])
+
     def _place_now(self, lora_id: int) -> None:
-        while not self.place_lora(lora_id):
-            self._manager().wait(IDLE_SECONDS)
+        try:
+            while not self.place_lora(lora_id):
+                self._manager().wait(IDLE_SECONDS)
+        finally:
+            self.stop_placing(lora_id)
 
     def _write_adapters(self) -> None:
         """Has the device write what the manager has placed since the last time."""
@@ -223,14 +230,17 @@ class AdapterMethods:
             return
         manager = self._manager()
         manager.load_now(first.values())
-        config = manager.lora_config
-        missing = [] if self._requests else [*first][: config.max_loras]
-        while missing:
-            ahead = missing[: config.max_staged_loras]
-            waiting = [one for one in ahead if not self.place_lora(one)]
-            missing = waiting + missing[len(ahead) :]
-            if waiting:
-                manager.wait(IDLE_SECONDS)
+        together = manager.lora_config.max_staged_loras
+        missing = [] if self._requests else manager.placeable(first)
+        try:
+            while missing:
+                ahead = missing[:together]
+                waiting = [one for one in ahead if not self.place_lora(one)]
+                missing = waiting + missing[len(ahead) :]
+                if waiting:
+                    manager.wait(IDLE_SECONDS)
+        finally:
+            manager.stop_placing(first)
 
     def _take_arrivals(self, changed: dict[str, RequestState]) -> None:
         """Queues the requests whose adapters have been read; ends those whose could not be."""

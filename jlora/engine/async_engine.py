@@ -102,8 +102,12 @@ class AsyncLLMEngine:
             raise load.error
 
     async def _place(self, lora_id: int) -> None:
-        while not await self._call(self.engine.place_lora, lora_id):
-            await asyncio.sleep(WAIT_SECONDS)
+        try:
+            while not await self._call(self.engine.place_lora, lora_id):
+                await asyncio.sleep(WAIT_SECONDS)
+        except BaseException:  # a client that has gone, too
+            self._thread.submit(self.engine.stop_placing, lora_id)
+            raise
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """See LLMEngine.add_lora; the engine goes on meanwhile."""

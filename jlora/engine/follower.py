@@ -127,5 +127,4 @@ class _Arrivals:
             case "feature":
                 self.adapters[number].features[tuple(name)] = tuple(message.arrays)
             case "ready":
-                self._sent[number].wait()
-                del self._sent[number]
+                self._sent.pop(number, StagingBuffers()).wait()

@@ -131,9 +131,9 @@ class Hosts:
 
         What the devices say of a lost host is raised as HostError.
         """
-        self.check()
-        self._busy += 1
+        self._busy += 1  # first: who fails from here on sees that somebody may wait
         try:
+            self.check()
             yield
         except jax.errors.JaxRuntimeError as error:
             self._failed.wait(BEAT)  # the reason is about to be known
@@ -240,13 +240,16 @@ class Leader(Hosts):
 
     def confirm(self, number: int) -> None:
         """Waits until every host has an adapter. Raises RuntimeError that names one without."""
+        faults = []
         for link in self._links.values():
             try:
                 answer = link.bulk.request("ready", [number])
             except OSError:
                 raise self.lost(link) from None
             if answer.op == "error":
-                raise RuntimeError(f"{link.name}: {answer.arguments[0]}")
+                faults.append(f"{link.name}: {answer.arguments[0]}")
+        if faults:
+            raise RuntimeError("; ".join(faults))
 
     def close(self) -> None:
         """Ends the other processes' `follow`."""

@@ -65,7 +65,7 @@ def meet_followers() -> dict[int, Links]:
     found: dict[tuple[int, str], Channel] = {}
     wanted = {(process, kind) for process in range(1, jax.process_count()) for kind in _KINDS}
     deadline = time.monotonic() + START_SECONDS
-    with server:
+    try:
         while wanted - found.keys():
             missing = sorted({process for process, _ in wanted - found.keys()})
             server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -79,7 +79,13 @@ def meet_followers() -> dict[int, Links]:
             who = _greeted(sock, token)
             if who is not None:
                 found[who] = Channel(sock)
-    store.key_value_delete(_KEY)  # the next engine has a meeting of its own
+    except BaseException:
+        for channel in found.values():
+            channel.close()
+        raise
+    finally:
+        server.close()
+        store.key_value_delete(_KEY)  # the next engine has a meeting of its own
     return {
         process: Links(host_name(process), *(found[process, kind] for kind in _KINDS))
         for process in range(1, jax.process_count())
@@ -88,11 +94,11 @@ def meet_followers() -> dict[int, Links]:
 
 def _greeted(sock: socket.socket, token: str) -> tuple[int, str] | None:
     """Who has connected; None, and the connection is closed, when it is not one of ours."""
-    sock.settimeout(10)
-    expected = len(token) + 16
+    deadline, expected = time.monotonic() + 10, len(token) + 16
     try:
         data = b""
         while len(data) < expected:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
             piece = sock.recv(expected - len(data))
             if not piece:
                 break

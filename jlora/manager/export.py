@@ -39,12 +39,18 @@ def export_adapter(path: str, out: str | Path) -> None:
             f"{name}: {target} exists and is not empty; give a folder that does not exist"
         )
     folder = resolve_adapter_path(path, name)
-    config = {**_DEFAULTS, **adapter_config(folder, name)}
     target.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         with open_adapter(folder, name) as (_, tensors):
+            config = {**_DEFAULTS, **adapter_config(folder, name)}
             by_module(tensors, name)  # refuses names that are none
+            for key, tensor in tensors.items():
+                if not isinstance(tensor.dtype, np.dtype):
+                    raise AdapterError(
+                        f"{name}: tensor {key} is {tensor.dtype}, expected a floating point dtype "
+                        "(float32, float16 or bfloat16)"
+                    )
             arrays = {
                 PREFIX + key.removeprefix(PREFIX): np.ascontiguousarray(tensor[...])
                 for key, tensor in tensors.items()
@@ -52,7 +58,7 @@ def export_adapter(path: str, out: str | Path) -> None:
             save_file(arrays, written / WEIGHTS_NAME, {"format": "pt"})
         (written / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for pattern in set(HUB_FILES) - {CONFIG_NAME}:
-            for file in folder.glob(pattern):
+            for file in filter(Path.is_file, folder.glob(pattern)):
                 shutil.copyfile(file, written / file.name)
         os.chmod(written, 0o755)  # which a temporary folder is not
         os.replace(written, target)

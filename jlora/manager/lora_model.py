@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
-from jlora.manager.peft import as_array, file_fingerprint, folder_hash, open_adapter
+from jlora.manager.peft import FolderHash, as_array, file_fingerprint, open_adapter
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.reader import read_parts
 from jlora.manager.requirements import check_reserved, expert_blocks, needs
@@ -23,7 +23,6 @@ from jlora.projections import ModuleMap
 __all__ = ["LoRALayerWeights", "LoRAModel", "PackedLoRALayerWeights", "VocabRows"]
 
 BaseWeight = Callable[[str], np.ndarray]
-_HASHING = 4  # threads
 _READS = 3  # of files that somebody writes at the same time
 
 
@@ -136,13 +135,19 @@ class LoRAModel:
         for _ in range(_READS):
             fingerprint = file_fingerprint(folder)
             identity = known[1] if known is not None and known[0] == fingerprint else ""
-            with ThreadPoolExecutor(_HASHING) as executor:  # beside the reading
-                hashed = None if identity else folder_hash(folder, executor)
-                with open_adapter(folder, name, empty) as (helper, tensors):
-                    source = Source(name, helper, modules, lora_config, base_weight)
-                    lora = cls._from_source(lora_model_id, source, tensors, "")
+            try:
+                with nullcontext() if identity else FolderHash(folder) as hashed:
+                    with open_adapter(folder, name, empty) as (helper, tensors):
+                        source = Source(name, helper, modules, lora_config, base_weight)
+                        lora = cls._from_source(lora_model_id, source, tensors, "")
+                    lora.identity = identity if hashed is None else hashed.name()
+            except (AdapterError, OSError) as error:
+                if file_fingerprint(folder) != fingerprint:
+                    continue  # they were in the midst of a change
+                if isinstance(error, AdapterError):
+                    raise
+                raise AdapterError(f"{name}: {folder} cannot be read: {error}") from error
             if file_fingerprint(folder) == fingerprint:
-                lora.identity = identity if hashed is None else hashed()
                 lora.fingerprint = fingerprint
                 return lora
         raise AdapterError(f"{name}: the files in {folder} change while they are read")

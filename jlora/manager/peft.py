@@ -13,7 +13,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,7 @@ HUB_FILES = (
 )
 _LARGEST_CONFIG = 1 << 25
 _PIECE = 1 << 25  # bytes that are hashed by one thread
+_HASHING = 4  # threads
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
 
 
@@ -204,6 +205,14 @@ def _files(folder: Path) -> list[str]:
     return [*_FILES, *(orbax_file_names(folder) if is_orbax(folder) else ())]
 
 
+def _files_read(folder: Path) -> list[str]:
+    """Names of the files that `open_adapter` reads."""
+    if is_orbax(folder):
+        return [CONFIG_NAME, *orbax_file_names(folder)]
+    pickled = not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file()
+    return [CONFIG_NAME, PICKLE_NAME if pickled else WEIGHTS_NAME]
+
+
 def file_fingerprint(folder: Path) -> str:
     """Changes when the adapter's files do: a digest of their names, sizes and times."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
@@ -218,38 +227,60 @@ def file_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_hash(folder: Path, executor: Executor) -> Callable[[], str]:
+class FolderHash:
     """Names an adapter by what its files hold, wherever they are and whenever they were written.
 
-    Starts to hash pieces of them in the executor; the name is what the result returns.
+    Begins to hash them in threads, of which none is left after the with statement.
     """
-    digest, pieces = hashlib.sha256(), []
-    for name in _files(folder):
-        path = folder / name
-        try:
-            size = path.stat().st_size
-        except OSError:
-            digest.update(f"{name}:absent:".encode())
-            continue
-        digest.update(f"{name}:{size}:".encode())
-        pieces += [executor.submit(_hash_piece, path, at) for at in range(0, size, _PIECE)]
 
-    def name_of() -> str:
-        for piece in pieces:
-            digest.update(piece.result())
-        return f"files:{digest.hexdigest()}"
+    def __init__(self, folder: Path) -> None:
+        self._stopped, self._digest = False, hashlib.sha256()
+        self._pieces: list[Future[list[bytes]]] = []
+        self._executor = ThreadPoolExecutor(_HASHING)
+        for name in _files_read(folder):
+            try:
+                size = (folder / name).stat().st_size
+            except OSError:
+                self._digest.update(f"{name}:absent:".encode())
+                continue
+            self._digest.update(f"{name}:{size}:".encode())
+            count = min(-(-size // _PIECE), _HASHING)
+            self._pieces += [
+                self._executor.submit(self._hash, folder / name, first, count, size)
+                for first in range(count)
+            ]
 
-    return name_of
+    def name(self) -> str:
+        """Waits for the hash. Raises OSError for a file that cannot be read."""
+        for pieces in self._pieces:
+            for piece in pieces.result():
+                self._digest.update(piece)
+        return f"files:{self._digest.hexdigest()}"
 
+    def _hash(self, path: Path, first: int, step: int, size: int) -> list[bytes]:
+        """Of the pieces first, first + step ..."""
+        found, buffer = [], bytearray(1 << 20)
+        with path.open("rb", buffering=0) as file:
+            for start in range(first * _PIECE, size, step * _PIECE):
+                digest, left = hashlib.sha256(), _PIECE
+                file.seek(start)
+                while left and not self._stopped:
+                    count = file.readinto(memoryview(buffer)[:left])
+                    if not count:
+                        break
+                    digest.update(memoryview(buffer)[:count])
+                    left -= count
+                if self._stopped:
+                    break
+                found.append(digest.digest())
+        return found
 
-def _hash_piece(path: Path, start: int) -> bytes:
-    digest, buffer, left = hashlib.sha256(), bytearray(1 << 20), _PIECE
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (count := file.readinto(memoryview(buffer)[:left])):
-            digest.update(memoryview(buffer)[:count])
-            left -= count
-    return digest.digest()
+    def __enter__(self) -> FolderHash:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped = True
+        self._executor.shutdown()
 
 
 def as_array(value: Any, key: str, adapter: str) -> np.ndarray:

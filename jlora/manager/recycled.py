@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 
-_KEPT = 4  # pieces that nobody uses now
+_KEPT, _KEPT_BYTES = 4, 1 << 30  # of pieces that nobody uses now
 _UNIT = 1 << 20
 
 
@@ -25,7 +25,7 @@ class RecycledMemory:
     def empty(self, nbytes: int) -> np.ndarray:
         """uint8 [nbytes], of whatever its last use left."""
         with self._taking:
-            fitting = [one for one in self._unused if nbytes <= one.nbytes <= 2 * nbytes + _UNIT]
+            fitting = [one for one in self._unused if nbytes <= one.nbytes <= 1.25 * nbytes + _UNIT]
             whole = min(fitting, key=lambda one: one.nbytes, default=None)
             if whole is not None:
                 self._unused = [one for one in self._unused if one is not whole]
@@ -38,5 +38,6 @@ class RecycledMemory:
 
     def _take_back(self, whole: np.ndarray) -> None:
         """At any time and in any thread, so without the lock."""
-        if len(self._unused) < _KEPT:
-            self._unused.append(whole)
+        kept = self._unused
+        if len(kept) < _KEPT and sum(one.nbytes for one in kept) + whole.nbytes <= _KEPT_BYTES:
+            kept.append(whole)

@@ -2,13 +2,14 @@
 
 A library call a tensor would do, but an adapter has hundreds of them, and each call that lets
 other threads run has to wait for its turn afterwards. The library checks the file, and reads the
-tensors that are large.
+tensors that may be dropped after a look.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,17 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_LARGE = 1 << 26  # bytes; such a tensor may be dropped after a look, so it has its own memory
+# What is kept of a file shares memory; what may be dropped after a look must not keep it alive.
+_KEPT = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".lora_magnitude_vector",
+    ".lora_magnitude_vector.weight",
+)
+_LARGEST_HEADER = 1 << 24  # bytes; reading one keeps other threads waiting
 
 
 class FileTensor:
@@ -44,7 +55,7 @@ class FileTensor:
         """Its rows; for `...` all of it, which may be a view of what tensors share."""
         if rows is not ...:
             return self._slice[rows]
-        if self.span is None or not isinstance(self.dtype, np.dtype):
+        if self.span is None or not isinstance(self.dtype, np.dtype):  # the latter for mypy
             return self._file.checked.get_tensor(self._name)
         return self._file.memory[self.span].view(self.dtype).reshape(self.shape)
 
@@ -62,26 +73,36 @@ class SafetensorsFile(Mapping[str, FileTensor]):
 
         empty: gives so many bytes of memory that may hold anything, uint8.
         """
-        self._empty = empty
-        self.checked = safe_open(path, "numpy")
-        self._raw = path.open("rb", buffering=0)
-        self._tensors = {name: FileTensor(self, name) for name in self.checked.keys()}  # noqa: SIM118
+        self._empty, self._raw = empty, path.open("rb", buffering=0)
         self._runs: list[tuple[int, int]] = []  # where what is shared begins in the file, and ends
         try:
             size = int.from_bytes(self._raw.read(8), "little")
-            header = json.loads(self._raw.read(size))
-            self._share({name: header[name]["data_offsets"] for name in self._tensors}, 8 + size)
+            if size > _LARGEST_HEADER:
+                raise SafetensorError(f"its header has {size} bytes, above {_LARGEST_HEADER}")
+            header = self._raw.read(size)
+            self.checked = safe_open(path, "numpy")
+            self._tensors = {name: FileTensor(self, name) for name in self.checked.keys()}  # noqa: SIM118
+            self._share(json.loads(header), 8 + size)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self._raw.close()
             raise SafetensorError("it changes while it is read") from error
+        except BaseException:
+            self._raw.close()
+            raise
 
-    def _share(self, offsets: dict[str, list[int]], first: int) -> None:
-        """Places the tensors that are not large. first: where the file's data begins."""
+    def _share(self, header: dict[str, Any], first: int) -> None:
+        """Places the tensors that share memory. first: where the file's data begins."""
         self._size = 0
-        for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1]):
-            if end - start > _LARGE:
+        kept = {
+            name: header[name]["data_offsets"] for name in self._tensors if name.endswith(_KEPT)
+        }
+        for name, (start, end) in sorted(kept.items(), key=lambda item: item[1]):
+            tensor = self._tensors[name]
+            if not isinstance(tensor.dtype, np.dtype):
                 continue
-            self._tensors[name].span = slice(self._size, self._size + end - start)
+            if end - start != math.prod(tensor.shape) * tensor.dtype.itemsize:
+                raise ValueError(f"{name} has another size")
+            tensor.span = slice(self._size, self._size + end - start)
             self._size += end - start
             if self._runs and self._runs[-1][1] == first + start:
                 self._runs[-1] = self._runs[-1][0], first + end
@@ -90,7 +111,7 @@ class SafetensorsFile(Mapping[str, FileTensor]):
 
     @functools.cached_property
     def memory(self) -> np.ndarray:
-        """uint8: the tensors that are not large, one after the other."""
+        """uint8: the tensors that share it, one after the other."""
         memory, at = self._empty(self._size), 0
         for start, end in self._runs:
             while start < end:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jlora.errors import AdapterError, AdapterInUseError
+from jlora.manager.blocks import Needs
 from jlora.manager.copies import Copies, as_exception
 from jlora.manager.loader import source
 from jlora.manager.loads import BackgroundLoads, LoadTimeout
@@ -350,6 +351,24 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             return False
         manager.activate_adapter(adapter_id)
         return True
+
+    def stop_placing(self, adapter_ids: Iterable[int]) -> None:
+        """Lets go of what `place` has begun for adapters that nobody waits for any more."""
+        self._placing -= set(adapter_ids)
+
+    def placeable(self, adapter_ids: Iterable[int]) -> list[int]:
+        """Those of the adapters on the host, from the first on, that have slots at once."""
+        manager = self.manager
+        needs: dict[int, Needs] = {}
+        for adapter_id in adapter_ids:
+            adapter = manager.get_adapter(adapter_id)
+            if adapter is None:
+                continue
+            more = {**needs, adapter_id: manager.needs(adapter)}
+            if not manager.fits(more, beside=manager.held):
+                break
+            needs = more
+        return list(needs)
 
     # -- unloading ---------------------------------------------------------------------------
 

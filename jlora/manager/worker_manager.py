@@ -275,6 +275,8 @@ class WorkerLoRAManager:
             manager.add_adapter(lora)
         elif current.identity == lora.identity:
             manager.touch(lora.id)  # the files were written again, with the same in them
+            if isinstance(current, LoRAModel):
+                current.fingerprint = lora.fingerprint
         elif manager.in_use(lora.id):
             self._supersede(lora)
         else:

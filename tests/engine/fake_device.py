@@ -72,6 +72,9 @@ class FakeLoRA:
     def place(self, adapter: int) -> bool:
         return True
 
+    def stop_placing(self, adapter_ids):
+        pass
+
     def collect(self) -> None:
         pass
 

@@ -1373,3 +1373,38 @@ def test_generate_fills_the_slots_before_its_first_step(files, folders, monkeypa
         runs.append((relative, [one.outputs[0].token_ids for one in found]))
     assert runs[0] == runs[1]
     assert all(engine.lora.manager.slot_of(one.lora_int_id) is not None for one in requests)
+
+
+def test_a_copy_that_fails_before_the_first_step_stops_no_later_ones(files, folders, monkeypatch):
+    """Copies of the same window have been made meanwhile: somebody must let go of them."""
+    llm = small_llm(files.model, max_loras=3, max_cpu_loras=6, max_staged_loras=2)
+    copies = llm.llm_engine.lora._copies
+    stage = copies.stage
+
+    def fail(lora):
+        if lora.id == 1:
+            raise RuntimeError("no memory")
+        return stage(lora)
+
+    monkeypatch.setattr(copies, "stage", fail)
+    requests = [request(folders, index) for index in range(3)]
+    with pytest.raises(RuntimeError, match="no memory"):
+        llm.generate([tokens(5)] * 3, greedy(), lora_request=requests, use_tqdm=False)
+    monkeypatch.setattr(copies, "stage", stage)
+    for index in (3, 4, 5):
+        (found,) = llm.generate(
+            [tokens(5)], greedy(), lora_request=request(folders, index), use_tqdm=False
+        )
+        assert len(found.outputs[0].token_ids) == 8
+    assert not llm.llm_engine.lora._placing
+
+
+def test_files_written_again_with_the_same_content_are_read_once(tiers, folders, disk, tmp_path):
+    folder = copy_files(folders[0], tmp_path / "a")
+    one = LoRARequest("a", 1, str(folder), load_inplace=True)
+    tiers.llm_engine.add_lora(one)
+    (folder / WEIGHTS).touch()
+    before = len(disk.reads)
+    for _ in range(3):
+        tiers.llm_engine.add_lora(one)
+    assert len(disk.reads) == before + 1

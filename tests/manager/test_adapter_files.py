@@ -24,6 +24,7 @@ from jlora.manager.peft_config import other_base_model
 from jlora.manager.recycled import RecycledMemory
 from jlora.manager.requirements import UNLIMITED
 from tests.manager.adapters import (
+    CONFIG,
     MODULES,
     WEIGHTS,
     key,
@@ -311,17 +312,16 @@ def test_what_does_not_fit_is_not_read(tmp_path):
     assert peak < 2**22
 
 
-@pytest.mark.parametrize("large", [1, 300, 1 << 26], ids=["all large", "some large", "none large"])
+@pytest.mark.parametrize("kept", [1, 3, 100], ids=["all kept", "some kept", "none kept"])
 @pytest.mark.parametrize("dtypes", ["f4", "f4 f2", "bf f8 f4"])
-def test_tensors_that_are_read_together_are_those_of_the_library(
-    tmp_path, monkeypatch, large, dtypes
-):
+def test_tensors_that_are_read_together_are_those_of_the_library(tmp_path, kept, dtypes):
     """Read apart, together, or partly so; of one dtype, or of some that move others off theirs."""
-    monkeypatch.setattr(safetensors_file, "_LARGE", large)
     kinds = [ml_dtypes.bfloat16 if one == "bf" else np.dtype(one) for one in dtypes.split()]
     rng = np.random.default_rng(0)
     tensors = {
-        f"t{i}": rng.standard_normal((i % 7 + 1, 2 * i + 1)).astype(kinds[i % len(kinds)])
+        f"t{i}" + ".lora_A.weight" * (i % kept == kept // 2): rng.standard_normal(
+            (i % 7 + 1, 2 * i + 1)
+        ).astype(kinds[i % len(kinds)])
         for i in range(20)
     }
     save_file(tensors, tmp_path / "x.safetensors")
@@ -334,7 +334,7 @@ def test_tensors_that_are_read_together_are_those_of_the_library(
             np.testing.assert_array_equal(file[name][:1], expected[:1])
             if file[name].bound is not None:
                 together = [one for one in file.values() if one.bound is not None]
-                assert len(kinds) == 1
+                assert len({one.dtype for one in together}) == 1
                 assert file[name].bound == max(np.abs(one[...]).max() for one in together)
 
 
@@ -368,6 +368,49 @@ def test_a_number_that_is_not_finite_is_found_in_its_tensor(tmp_path):
         load(folder, allow_nonfinite_loras=True)
 
 
+def test_what_is_not_kept_takes_no_memory(tmp_path):
+    """A tensor that is passed over must not live as long as those beside it."""
+    tensors = make_tensors(("q_proj",))
+    name = next(iter(tensors)).replace("lora_A.weight", "lora_velora_embed")
+    folder = write_adapter(
+        tmp_path / "a", tensors | {name: np.ones(1 << 20, np.float32)}, target_modules=["q_proj"]
+    )
+    lora = load(folder)
+    kept = sum(one.nbytes for layer in lora.loras.values() for one in (layer.lora_a, layer.lora_b))
+    assert kept == lora.nbytes
+    assert all(layer.lora_a.base.nbytes == kept for layer in lora.loras.values())
+
+
+def test_a_refused_adapter_is_not_hashed_to_its_end(tmp_path):
+    folder = write_adapter(tmp_path / "a")
+    (folder / CONFIG).write_text("[]")
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.truncate(1 << 33)  # sparse
+    start = time.perf_counter()
+    with pytest.raises(AdapterError):
+        load(folder)
+    assert time.perf_counter() - start < 1
+
+
+def test_a_file_that_is_not_read_does_not_matter(tmp_path):
+    folder = write_adapter(tmp_path / "a")
+    before = load(folder).identity
+    with (folder / BIN).open("wb") as file:
+        file.truncate(1 << 33)
+    start = time.perf_counter()
+    assert load(folder).identity == before
+    assert time.perf_counter() - start < 1
+
+
+def test_a_header_without_end_is_refused_unread(tmp_path):
+    folder = write_adapter(tmp_path / "a")
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 25))
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.truncate(1 << 26)
+    with pytest.raises(AdapterError, match="header has 33554432 bytes"):
+        load(folder)
+
+
 def test_a_file_that_ends_early_is_refused(tmp_path, monkeypatch):
     """It was whole when its header was read."""
     folder = write_adapter(tmp_path / "a")
@@ -379,7 +422,7 @@ def test_a_file_that_ends_early_is_refused(tmp_path, monkeypatch):
             file.truncate((folder / WEIGHTS).stat().st_size - 8)
 
     monkeypatch.setattr(safetensors_file.SafetensorsFile, "_share", shorten)
-    with pytest.raises(AdapterError, match="ends before"):
+    with pytest.raises(AdapterError, match=r"ends before|not fully covered"):
         load(folder)
 
 

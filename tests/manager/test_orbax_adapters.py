@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jlora.cli import main
 from jlora.errors import AdapterError
@@ -429,3 +429,16 @@ def test_a_refused_adapter_leaves_nothing(tmp_path):
         export_adapter(str(folder), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     assert widths("model.layers.0.mlp.up_proj") == (HIDDEN, INNER)
+
+
+def test_export_says_what_is_wrong_with_a_configuration(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("[1]")
+    save_file(
+        {"x.lora_A.weight": np.ones((2, 2), np.float32)}, folder / "adapter_model.safetensors"
+    )
+    with pytest.raises(AdapterError, match="adapter"):
+        export_adapter(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
