@@ -281,6 +281,7 @@ class FolderHash:
     def __exit__(self, *error: object) -> None:
         self._stopped = True
         self._executor.shutdown()
+        del self._executor  # now, not when somebody lets go of an error's traceback
 
 
 def as_array(value: Any, key: str, adapter: str) -> np.ndarray:

@@ -20,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 # at most some 10 ms for the name of a module.
 MAX_ENTRIES = 10_000
 MAX_PATTERN_LENGTH = 4000
+_MAX_NESTING = 60
 _NAME_LENGTH = 64
 _MAX_COST = 4 * _NAME_LENGTH**4
 _LARGEST = float(np.finfo(np.float32).max)
@@ -38,20 +39,29 @@ def check_regex(shown: str, regex: str, key: str, adapter: str) -> None:
             f"{adapter}: {key} holds {str(shown)[:60]!r}..., expected an expression of at most "
             f"{MAX_PATTERN_LENGTH} characters"
         )
+    wrong = f"{adapter}: {key} holds {shown[:200]!r}, which is not a regular expression: "
+    if _nesting(regex) > _MAX_NESTING:  # Python would recurse, to no good end
+        raise AdapterError(f"{wrong}it is nested too deeply")
     try:
         cost = _cost(_parser.parse(regex))
         compiled(regex)
     except (re.error, OverflowError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise AdapterError(
-            f"{adapter}: {key} holds {shown[:200]!r}, which is not a regular expression: {why}"
-        ) from error
+        raise AdapterError(f"{wrong}{error}") from error
     if cost > _MAX_COST:
         raise AdapterError(
             f"{adapter}: {key} holds {shown[:200]!r}, which may take for ever to match; expected "
             "nothing of variable width inside a repeat, no backward reference, and few unbounded "
             "repeats (.*) in a row"
         )
+
+
+def _nesting(regex: str) -> int:
+    """How many groups are open at once at most, if none of the parentheses is in a class."""
+    depth = most = 0
+    for character in re.sub(r"\\.", "", regex, flags=re.DOTALL):
+        depth += (character == "(") - (character == ")")
+        most = max(most, depth)
+    return most
 
 
 def _cost(parsed: Any) -> float:

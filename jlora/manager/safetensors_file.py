@@ -149,4 +149,5 @@ class SafetensorsFile(Mapping[str, FileTensor]):
     ) -> None:
         self._raw.close()
         self._tensors.clear()  # they refer to this, which refers to the memory
+        self.__dict__.pop("memory", None)
         self.checked.__exit__(kind, error, traceback)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from jlora.errors import AdapterError
+from jlora.manager.peft_values import check_regex
 from tests.manager.adapters import (
     ALL,
     CONFIG,
@@ -387,3 +388,14 @@ def test_a_good_adapter_after_a_bad_one(worker, tmp_path):
     bad = write_adapter(tmp_path / "bad", {})
     refused(worker, bad, "no tensors")
     assert worker.add_adapter(request(2, write_adapter(tmp_path / "other", make_tensors(ALL))))
+
+
+@pytest.mark.parametrize(("depth", "fits"), [(50, True), (61, False), (900, False)])
+def test_nested_groups_of_a_pattern(depth, fits):
+    """Refused before Python recurses: what is collected meanwhile could not run its own code."""
+    pattern = "(" * depth + r"\(?q_proj" + ")" * depth
+    if fits:
+        check_regex(pattern, pattern, "rank_pattern", "adapter 'a'")
+        return
+    with pytest.raises(AdapterError, match=r"rank_pattern holds .* nested too deeply"):
+        check_regex(pattern, pattern, "rank_pattern", "adapter 'a'")
