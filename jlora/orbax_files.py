@@ -7,12 +7,13 @@ was saved need be there. Nothing in a checkpoint is executed: it is JSON, and ch
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jlora.files import first_line, read_json
 
 METADATA_NAME = "_METADATA"
 _CUSTOM_METADATA = "_CHECKPOINT_METADATA"
@@ -55,7 +56,7 @@ class StoredArray:
         try:
             return np.asarray(self._store[index].read().result())
         except _FAILURES as error:
-            raise OrbaxError(f"array {self._name} cannot be read: {_line(error)}") from error
+            raise OrbaxError(f"array {self._name} cannot be read: {first_line(error)}") from error
 
     def read_into(self, parts: list[tuple[np.ndarray, Any]]) -> None:
         """Reads several parts, each into an array (repeated where that is wider)."""
@@ -68,7 +69,7 @@ class StoredArray:
             for write in writes:
                 write.result()
         except _FAILURES as error:
-            raise OrbaxError(f"array {self._name} cannot be read: {_line(error)}") from error
+            raise OrbaxError(f"array {self._name} cannot be read: {first_line(error)}") from error
 
 
 class OrbaxFiles(Mapping[tuple[str, ...], StoredArray]):
@@ -108,11 +109,9 @@ class OrbaxFiles(Mapping[tuple[str, ...], StoredArray]):
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _LARGEST_METADATA:
-            raise ValueError(f"it has more than {_LARGEST_METADATA} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise OrbaxError(f"{path} is not readable JSON: {_line(error)}") from error
+        found = read_json(path, _LARGEST_METADATA)
+    except ValueError as error:
+        raise OrbaxError(str(error)) from error
     if not isinstance(found, dict):
         raise OrbaxError(f"{path} is not a JSON object")
     return found
@@ -149,12 +148,8 @@ def _open(
         try:
             arrays[path] = StoredArray(names[path], future.result())
         except _FAILURES as error:
-            faults.append(f"{names[path]}: {_line(error)}")
+            faults.append(f"{names[path]}: {first_line(error)}")
     if faults:
         listed = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
         raise OrbaxError(f"{folder} holds arrays that cannot be read:\n  {listed}")
     return arrays
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -267,9 +267,9 @@ class Bench:
         self.say(what="first request on an adapter that is on disk, ms", v=first)
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def command_line(description: str) -> argparse.ArgumentParser:
+    """What Bench goes by."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--adapters", type=int, default=0, help="0: LoRA off")
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[16], help="of adapter 0, 1 ... and so on again"
@@ -293,7 +293,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile on first use")
     parser.add_argument("--kernels", help="xla, gpu or tpu (default: by the device)")
     parser.add_argument("--out", help="JSON lines are appended here too")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """See the module."""
+    args = command_line(__doc__.split("\n")[0]).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = Path(tempfile.mkdtemp(prefix="jlora-bench-"))
     try:

@@ -9,7 +9,6 @@ The picture shows the last steps of the last batch: the host's calls of `step` a
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import logging
@@ -18,12 +17,11 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import matplotlib
-from bench_engine import Bench
+from bench_engine import Bench, command_line
 from tqdm import trange
 
 from jlora import SamplingParams
@@ -152,29 +150,14 @@ def profile(bench: Bench, batch: int, picture: Path | None) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--adapters", type=int, default=8, help="0: LoRA off")
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--shape", default="8b", help="8b, olmoe or tiny")
+    parser = command_line(__doc__.split("\n")[0])
     parser.add_argument("--picture", type=Path, help="a PNG of the last batch")
-    parser.add_argument("--out", help="JSON lines are appended here too")
+    parser.set_defaults(adapters=8, batches=[32, 128], what=[])
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    fixed = {
-        "ranks": [16],
-        "max_lora_rank": None,
-        "context": 128,
-        "dora": False,
-        "reserve": False,
-        "what": [],
-        "kernels": None,
-        "max_num_batched_tokens": 2048,
-        "gpu_memory_utilization": 0.6,
-        "eager": False,
-    }
     folder = Path(tempfile.mkdtemp(prefix="jlora-bench-"))
     try:
-        bench = Bench(SimpleNamespace(**fixed, **vars(args)), folder)  # type: ignore[arg-type]
+        bench = Bench(args, folder)
         for batch in args.batches:
             profile(bench, batch, args.picture)
     finally:

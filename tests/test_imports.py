@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jlora"
 
 #: Parts that everything but the kernels may import. They import only each other.
-SHARED = {"config", "errors", "orbax_files", "projections", "request"}
+SHARED = {"config", "errors", "files", "orbax_files", "projections", "request"}
 
 #: What each part may import, besides itself.
 MAY_IMPORT = {

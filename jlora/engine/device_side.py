@@ -16,7 +16,7 @@ from jlora.config import EngineArgs, LoRAConfig, ModelConfig, resolve_dtype
 from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.hosts import Follower, Leader
 from jlora.engine.pool_layout import pool_bytes, staged_bytes
-from jlora.engine.programs import RunnerConfig
+from jlora.engine.programs import RunnerConfig, StepPrograms
 from jlora.engine.runner import ModelRunner
 from jlora.engine.setup import (
     check_sizes,
@@ -150,7 +150,8 @@ def make_device_side(
     sizes = runner_sizes(args, model, what.implementation, staged)
     if hosts is not None:  # each has its own memory, and all have the same pages
         sizes = dataclasses.replace(sizes, num_pages=hosts.least(sizes.num_pages))
-    runner = ModelRunner(weights, model, sizes, mesh, pool, leader)
+    programs = StepPrograms(weights, model, sizes, mesh, None if pool is None else pool.specs)
+    runner = ModelRunner(weights.params, programs, pool, leader)
     _log_memory(what, modules, weights.params, sizes, runner)
     return DeviceSide(modules, base, runner)
 

@@ -14,17 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlora.config import ModelConfig
 from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.hosts import Leader, agreed
-from jlora.engine.programs import RunnerConfig, StepArrays, StepPrograms
+from jlora.engine.programs import StepArrays, StepPrograms
 from jlora.engine.sampler import TokenLogprobs, Variant
 from jlora.engine.scheduler import Entry, Plan
 from jlora.engine.state import ADMIT_ROWS, SeqState, admission, empty_state, pack_batch, short
-from jlora.model import AdapterState, LoadedModel, place_on
+from jlora.model import AdapterState, place_on
 
 logger = logging.getLogger(__name__)
 
@@ -52,23 +50,23 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LoadedModel,
-        model_config: ModelConfig,
-        config: RunnerConfig,
-        mesh: Mesh,
+        params: Any,
+        programs: StepPrograms,
         pool: AdapterPool | None,
         hosts: Leader | None = None,
     ) -> None:
-        """Allocates the KV cache and the rows of the sequences. hosts: who are to do the same."""
+        """Allocates the KV cache and the rows of the sequences.
+
+        params: the weights. hosts: who are to do the same.
+        """
         # A plain list: flattening an nnx.State of 200 weights takes a millisecond at every call.
-        self.params: list[jax.Array] = jax.tree.leaves(model.params)
-        specs = None if pool is None else pool.specs
-        self.programs = StepPrograms(model, model_config, config, mesh, specs)
-        self.config, self.pool, self.hosts = config, pool, hosts
-        kv = self.programs.kv()
+        self.params: list[jax.Array] = jax.tree.leaves(params)
+        self.programs, self.config = programs, programs.config
+        self.pool, self.hosts = pool, hosts
+        kv = programs.kv()
         zeros = functools.partial(jnp.zeros, kv.shape, kv.dtype)
         self.kv = jax.jit(zeros, out_shardings=kv.sharding)()
-        self.state: SeqState = self._put(empty_state(config.max_num_seqs, config.history))
+        self.state: SeqState = self._put(empty_state(self.config.max_num_seqs, self.config.history))
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     # -- compiling -------------------------------------------------------------------------

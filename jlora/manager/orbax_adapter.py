@@ -7,7 +7,6 @@ docs/adapters.md describes both.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -20,12 +19,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from jlora.errors import AdapterError
+from jlora.files import read_json
 from jlora.orbax_files import OrbaxError, OrbaxFiles, StoredArray, is_orbax_checkpoint
 
 ORBAX_CONFIG_NAME = "jlora_adapter.json"
 # Where a checkpoint may lie in an adapter's folder: itself, jlora's layout, a step of Tunix's.
 _PLACES = (".", "adapter", "model_params")
-_LARGEST_CONFIG = 1 << 25
+LARGEST_CONFIG = 1 << 25  # bytes of a configuration
 _QWIX = re.compile(r"(?P<parameter>.+)_lora_(?P<which>[ab])")
 _WEIGHTS = ("w", "kernel")  # what Tunix's and Flax' modules call the matrix that was adapted
 # Modules of Tunix: the Hugging Face ones whose columns they hold, one after the other.
@@ -113,11 +113,9 @@ def _config(folder: Path, adapter: str) -> dict[str, Any]:
             f"is not known; write that file, for instance {example}"
         )
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{adapter}: {path} is not readable JSON: {error}") from error
+        config = read_json(path, LARGEST_CONFIG)
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: {error}") from error
     if not isinstance(config, dict) or "lora_alpha" not in config:
         raise AdapterError(
             f"{adapter}: {path} has no lora_alpha; expected, for instance, {example}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from jlora.errors import AdapterError
-from jlora.manager.orbax_adapter import orbax_file_names, orbax_folder, read_orbax
+from jlora.files import TOKENIZER_FILES, first_line, read_json
+from jlora.manager.orbax_adapter import LARGEST_CONFIG, orbax_file_names, orbax_folder, read_orbax
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.peft_values import CONFIG_NAME
 from jlora.manager.safetensors_file import DTYPES, SafetensorsFile
@@ -31,19 +31,9 @@ from jlora.orbax_files import OrbaxError
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 # What is taken of a Hub repository besides the weights: the tokeniser may have tokens of its own.
-HUB_FILES = (
-    CONFIG_NAME,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
-_LARGEST_CONFIG = 1 << 25
+HUB_FILES = (CONFIG_NAME, *TOKENIZER_FILES)
 _PIECE = 1 << 25  # bytes that are hashed by one thread
 _HASHING = 4  # threads
-_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
 
 
 class TensorLike(Protocol):
@@ -100,7 +90,7 @@ def resolve_adapter_path(path: str, adapter: str = "adapter") -> Path:
     except Exception as error:
         raise AdapterError(
             f"{adapter}: {path} is neither a folder nor a Hub repository that can be read "
-            f"({type(error).__name__}: {_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -119,11 +109,9 @@ def adapter_config(folder: Path, adapter: str) -> dict[str, Any]:
             f"{adapter}: {folder} has no {CONFIG_NAME}, and is no Orbax checkpoint (of one step)"
         )
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{adapter}: {path} is not readable JSON: {error}") from error
+        return read_json(path, LARGEST_CONFIG)
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: {error}") from error
 
 
 def read_config(folder: Path, adapter: str) -> PEFTHelper:
@@ -158,7 +146,7 @@ def open_adapter(
                 yield helper, tensors
         except (SafetensorError, OSError) as error:
             raise AdapterError(
-                f"{adapter}: {safe} is not a readable safetensors file: {_line(error)}"
+                f"{adapter}: {safe} is not a readable safetensors file: {first_line(error)}"
             ) from error
     else:
         yield helper, _read_pickle(pickled, adapter)
@@ -183,7 +171,7 @@ def _read_pickle(path: Path, adapter: str) -> Mapping[str, TensorLike]:
         )
     except Exception as error:  # torch raises what it likes
         raise AdapterError(
-            f"{adapter}: {path} is not a readable file of tensors: {_line(error)}"
+            f"{adapter}: {path} is not a readable file of tensors: {first_line(error)}"
         ) from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str)
@@ -196,19 +184,10 @@ def _read_pickle(path: Path, adapter: str) -> Mapping[str, TensorLike]:
     return {name: _TorchTensor(tensor) for name, tensor in content.items()}
 
 
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
-
-
-def _files(folder: Path) -> list[str]:
-    """Names of the files that an adapter may be made of."""
-    return [*_FILES, *(orbax_file_names(folder) if is_orbax(folder) else ())]
-
-
 def _files_read(folder: Path) -> list[str]:
     """Names of the files that `open_adapter` reads."""
     if is_orbax(folder):
-        return [CONFIG_NAME, *orbax_file_names(folder)]
+        return orbax_file_names(folder)
     pickled = not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file()
     return [CONFIG_NAME, PICKLE_NAME if pickled else WEIGHTS_NAME]
 
@@ -216,7 +195,7 @@ def _files_read(folder: Path) -> list[str]:
 def file_fingerprint(folder: Path) -> str:
     """Changes when the adapter's files do: a digest of their names, sizes and times."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
-    for name in _files(folder):
+    for name in sorted({*_files_read(folder), CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}):
         try:
             stat = (folder / name).stat()
             digest.update(

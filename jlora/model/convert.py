@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType
 
+from jlora.files import TOKENIZER_FILES
 from jlora.model.hf_config import load_hf_config, model_config
 from jlora.model.layers import AXIS
 from jlora.model.loading import open_checkpoint, read_weights
@@ -22,12 +23,7 @@ _CHUNK = 1 << 20  # bytes: devices read whole chunks, of which some lie at their
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
+    *TOKENIZER_FILES,
     "additional_chat_templates/*",
 )
 

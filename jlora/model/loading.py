@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,34 +86,41 @@ def load_model(
     model: a folder or Hub repository. load_format: see `open_checkpoint`. dummy_seed: random
     weights instead.
     """
-    shards = mesh.shape[AXIS]
-    table = weight_table(config, shards)
-    graph, empty = nnx.split(nnx.eval_shape(lambda: Decoder(config, shards)))
-    shapes = {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(empty)}
-    if {weight.path for weight in table} != set(shapes):
-        raise RuntimeError("the weight table and the model disagree")  # a defect of jlora
+    table, shapes, model_of = _described(config, mesh.shape[AXIS])
     if dummy_seed is not None:
         arrays = _random_weights(table, shapes, mesh, dummy_seed, config.norm_offset, progress)
     else:
         checkpoint = open_checkpoint(model, config, revision, load_format)
         arrays = read_weights(table, config, checkpoint, mesh, progress)
-    specs = {weight.path: weight.spec for weight in table}
-    return LoadedModel(graph, _as_state(empty, arrays), _as_state(empty, specs))
+    return model_of(arrays)
 
 
 def describe_model(config: ModelConfig, mesh: Mesh) -> LoadedModel:
     """As load_model, of ShapeDtypeStructs: to compile for devices that are not there."""
-    shards = mesh.shape[AXIS]
+    table, shapes, model_of = _described(config, mesh.shape[AXIS])
+    return model_of(
+        {
+            weight.path: jax.ShapeDtypeStruct(
+                shapes[weight.path].shape,
+                shapes[weight.path].dtype,
+                sharding=NamedSharding(mesh, weight.spec),
+            )
+            for weight in table
+        }
+    )
+
+
+def _described(
+    config: ModelConfig, shards: int
+) -> tuple[list[Weight], dict[Path_, Any], Callable[[dict[Path_, Any]], LoadedModel]]:
+    """The weights, the shape of each, and what makes a model of arrays (or of descriptions)."""
+    table = weight_table(config, shards)
     graph, empty = nnx.split(nnx.eval_shape(lambda: Decoder(config, shards)))
     shapes = {tuple(path): leaf.get_value() for path, leaf in nnx.to_flat_state(empty)}
-    specs = {weight.path: weight.spec for weight in weight_table(config, shards)}
-    arrays = {
-        path: jax.ShapeDtypeStruct(
-            shapes[path].shape, shapes[path].dtype, sharding=NamedSharding(mesh, spec)
-        )
-        for path, spec in specs.items()
-    }
-    return LoadedModel(graph, _as_state(empty, arrays), _as_state(empty, specs))
+    if {weight.path for weight in table} != set(shapes):
+        raise RuntimeError("the weight table and the model disagree")  # a defect of jlora
+    specs = _as_state(empty, {weight.path: weight.spec for weight in table})
+    return table, shapes, lambda arrays: LoadedModel(graph, _as_state(empty, arrays), specs)
 
 
 def _as_state(like: Any, values: dict[Path_, Any]) -> Any:
