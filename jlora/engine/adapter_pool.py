@@ -38,7 +38,15 @@ from jlora.manager import (
     is_full,
     pool_rows,
 )
-from jlora.model import AXIS, AdapterState, LoadedModel, RowPool, TokenRows, place_on
+from jlora.model import (
+    AXIS,
+    AdapterState,
+    LoadedModel,
+    RowPool,
+    TokenRows,
+    as_argument,
+    place_on,
+)
 from jlora.projections import HEAD, Feature, ModuleMap, Projection
 
 STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -94,7 +102,7 @@ class AdapterPool:
             each = (layers, row.experts or 1)
             a = (*each, len(row.parts), LORA_BLOCK_RANK, row.d_in)
             b = (*each, row.stored_width(self._shards), LORA_BLOCK_RANK)
-            scales = self._put(np.ones((*each, len(row.parts)), np.float32))
+            scales = np.ones((*each, len(row.parts)), np.float32)
             a_in, b_in = staged_specs(self.specs.rows[row.name])
             for dtype in STAGING_DTYPES:
                 zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
@@ -147,14 +155,14 @@ class AdapterPool:
 
     def send_block(
         self, row: Projection, arrays: Sequence[np.ndarray], buffers: StagingBuffers
-    ) -> tuple[Array, Array, Array]:
-        """A block's arrays on their way to the devices of this host."""
+    ) -> tuple[Array, Array, np.ndarray]:
+        """A block's a and b on their way to the devices of this host, and its scales."""
         a, b, scales = arrays
         a_in, b_in = staged_specs(self.specs.rows[row.name])
         return (
             buffers.send(a, NamedSharding(self._mesh, a_in)),
             buffers.send(b, NamedSharding(self._mesh, b_in)),
-            self._put(scales),
+            scales,
         )
 
     def _stage_feature(self, write: FeatureWrite, staged: StagedAdapter) -> None:
@@ -224,13 +232,13 @@ class AdapterPool:
 
     def set_tables(self, tables: list[np.ndarray]) -> None:
         """tables: blocks, counts and scales of every row's slots, then the feature table."""
+        specs = (WHOLE,) * len(tables)
+        *placed, features = self._run(("tables",), lambda: lambda *same: same, (), specs, *tables)
         rows = {
-            name: dataclasses.replace(
-                row, slots=SlotTable(*self._put(tuple(tables[3 * at : 3 * at + 3])))
-            )
+            name: dataclasses.replace(row, slots=SlotTable(*placed[3 * at : 3 * at + 3]))
             for at, (name, row) in enumerate(self.state.rows.items())
         }
-        self.state = dataclasses.replace(self.state, rows=rows, features=self._put(tables[-1]))
+        self.state = dataclasses.replace(self.state, rows=rows, features=features)
 
     def _feature_arrays(self, write: FeatureWrite) -> tuple[np.ndarray, ...]:
         """What `_write_feature` writes: made of what the host holds."""
@@ -268,7 +276,14 @@ class AdapterPool:
         specs: Any,
         *arguments: Any,
     ) -> Any:
-        """Runs a function, made and compiled on first use, whose results are divided by specs."""
+        """Runs a function, made and compiled on first use, whose results are divided by specs.
+
+        arguments: arrays on the devices, and small ones of the host that every device is to have.
+        """
+        whole = NamedSharding(self._mesh, WHOLE)
+        arguments = tuple(
+            as_argument(one, whole) if isinstance(one, np.ndarray) else one for one in arguments
+        )
         if key not in self._executables:
             function = make()
             shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
@@ -286,13 +301,10 @@ class AdapterPool:
         return next(row for row in every if row.name == name)
 
     def write_block(
-        self, row: Projection, layer: int, block: int, a: Array, b: Array, scales: Array
+        self, row: Projection, layer: int, block: int, a: Array, b: Array, scales: np.ndarray
     ) -> None:
         """a, b, scales: as `send_block` gives them; block is counted without experts."""
-        pool, at = (
-            self.state.rows[row.name],
-            np.array([layer, block * (row.experts or 1)], np.int32),
-        )
+        pool = self.state.rows[row.name]
         new_a, new_b = self._run(
             ("block", row.name, a.dtype),
             lambda: functools.partial(replace_block, part_of=part_of(row, self._shards)),
@@ -300,7 +312,7 @@ class AdapterPool:
             (self.specs.rows[row.name].a, self.specs.rows[row.name].b),
             pool.a,
             pool.b,
-            self._put(at),
+            np.array([layer, block * (row.experts or 1)], np.int32),
             scales,
             a,
             b,
@@ -318,7 +330,7 @@ class AdapterPool:
             (0,),
             spec,
             self.state.rows[row.name].bias,
-            self._put(np.int32(slot)),
+            np.array(slot, np.int32),
             self._put(values, PartitionSpec(None, *spec[2:])),
         )
         self._set_row(row.name, bias=new)
@@ -352,7 +364,7 @@ class AdapterPool:
                 pool.magnitude,
                 weight,
                 dataclasses.replace(pool, magnitude=None, bias=None),
-                self._put(np.array([layer, slot], np.int32)),
+                np.array([layer, slot], np.int32),
                 staged,
             )
             self._set_row(name, magnitude=new)
@@ -368,7 +380,7 @@ class AdapterPool:
             )
 
         old = self.state.token_rows[name]
-        arguments = self._put((np.int32(slot), ids, rows))
+        arguments = np.array(slot, np.int32), ids, self._put(rows)
         new = self._run(
             ("rows", name), lambda: write, (0,), TokenRows(WHOLE, WHOLE), old, *arguments
         )
@@ -383,7 +395,7 @@ class AdapterPool:
             (0,),
             MATRIX,
             self.state.full[name],
-            self._put(np.int32(index)),
+            np.array(index, np.int32),
             self._put(matrix, PartitionSpec(AXIS, None)),
         )
         self.state = dataclasses.replace(self.state, full={**self.state.full, name: new})

@@ -22,7 +22,7 @@ from jlora.engine.programs import StepArrays, StepPrograms
 from jlora.engine.sampler import TokenLogprobs, Variant
 from jlora.engine.scheduler import Entry, Plan
 from jlora.engine.state import ADMIT_ROWS, SeqState, admission, empty_state, pack_batch, short
-from jlora.model import AdapterState, place_on
+from jlora.model import AdapterState, as_argument, place_on
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class ModelRunner:
         kv = programs.kv()
         zeros = functools.partial(jnp.zeros, kv.shape, kv.dtype)
         self.kv = jax.jit(zeros, out_shardings=kv.sharding)()
-        self.state: SeqState = self._put(empty_state(self.config.max_num_seqs, self.config.history))
+        empty = empty_state(self.config.max_num_seqs, self.config.history)
+        self.state: SeqState = place_on(empty, programs.replicated)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     # -- compiling -------------------------------------------------------------------------
@@ -122,9 +123,6 @@ class ModelRunner:
 
     # -- running ---------------------------------------------------------------------------
 
-    def _put(self, value: Any) -> Any:
-        return place_on(value, self.programs.replicated)
-
     def dispatch(self, plan: Plan, variant: Variant, prompt_logprobs: bool) -> StepResult:
         """Starts a step and returns at once; reading its result waits.
 
@@ -149,7 +147,8 @@ class ModelRunner:
 
     def admit(self, new: SeqState, at: np.ndarray) -> None:
         """Fills the rows of sequences that begin, see `admission`."""
-        self.state = self.compiled("admit")(self.state, *self._put((new, at)))
+        arguments = as_argument((new, at), self.programs.replicated)
+        self.state = self.compiled("admit")(self.state, *arguments)
 
     def run(
         self,
@@ -164,7 +163,7 @@ class ModelRunner:
         batch: of `pack_batch`. tokens: the bucket. lora: whether anybody has an adapter. variant:
         None when nobody gets a token. Returns tokens and log-probabilities as in StepResult.
         """
-        batch = self._put(batch)
+        batch = as_argument(batch, self.programs.replicated)
         vocab = lora and self._adapts_vocabulary
         pool, head = self._pool(lora), self._pool(vocab)
         forward = self.compiled("forward", tokens, lora)

@@ -50,6 +50,11 @@ class Copies(BackgroundLoads):
             if lora.key not in self.staged and not self._manager.is_resident(lora.key)
         ]
 
+    @property
+    def full(self) -> bool:
+        """Whether as many copies are on their way, or there, as may be."""
+        return len(self.staged) + len(self) >= self.limit
+
     def copy(self, adapter_id: int, adapter: Adapter, at_once: bool = False) -> None:
         """Starts to copy an adapter. at_once: even if as many are on their way as may be."""
         own = {lora.key for lora, _ in adapter.components}

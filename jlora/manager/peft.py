@@ -33,6 +33,7 @@ PICKLE_NAME = "adapter_model.bin"
 # What is taken of a Hub repository besides the weights: the tokeniser may have tokens of its own.
 HUB_FILES = (CONFIG_NAME, *TOKENIZER_FILES)
 _PIECE = 1 << 25  # bytes that are hashed by one thread
+_PIECE_READ = 1 << 22  # bytes at a time: each time other threads may take their turn
 _HASHING = 4  # threads
 
 
@@ -238,7 +239,7 @@ class FolderHash:
 
     def _hash(self, path: Path, first: int, step: int, size: int) -> list[bytes]:
         """Of the pieces first, first + step ..."""
-        found, buffer = [], bytearray(1 << 20)
+        found, buffer = [], bytearray(min(_PIECE_READ, size))
         with path.open("rb", buffering=0) as file:
             for start in range(first * _PIECE, size, step * _PIECE):
                 digest, left = hashlib.sha256(), _PIECE

@@ -274,13 +274,16 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
         self._copies.drop_all_but(wanted.keys() | self._placing)
+        full = self._copies.full  # a mixture may still copy the rest of its components
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
                 if adapter_id > 0 and adapter_id not in self._failures:
                     self.fetch(self._as_last_read(request))
             elif manager.slot_of(adapter_id) is None:
-                self._copies.copy(adapter_id, adapter)
+                if not full or not isinstance(adapter, LoRAModel):
+                    self._copies.copy(adapter_id, adapter)
+                    full = self._copies.full
 
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
         """The adapters of waiting requests that the host can keep beside those it must."""

@@ -7,7 +7,7 @@ from jlora.model.decoder import Decoder
 from jlora.model.hf_config import load_hf_config, model_config
 from jlora.model.layers import AXIS, StepContext
 from jlora.model.loading import LoadedModel, describe_model, load_model
-from jlora.model.placing import place_on
+from jlora.model.placing import as_argument, place_on
 from jlora.model.rope import rope_cos_sin
 from jlora.model.vocabulary import stored_vocab
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_hf_config",
     "load_model",
     "model_config",
+    "as_argument",
     "place_on",
     "rope_cos_sin",
     "stored_vocab",
