@@ -27,11 +27,13 @@ from jlora.engine.pool_layout import (
 from jlora.engine.staging import StagedAdapter, StagingBuffers
 from jlora.kernels import SlotTable
 from jlora.manager import (
+    BlockArrays,
     BlockWrite,
     FeatureWrite,
     LoRAModel,
     LoRAModelManager,
     Write,
+    block_arrays,
     blocks_needed,
     feature_rows,
     feature_writes,
@@ -131,9 +133,7 @@ class AdapterPool:
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
         with staging(self._hosts) as staged:
             for row in pool_rows(self._modules, self._config):
-                anywhere = [0] * needs.get(row.name, 0)
-                for write in BlockWrite.all(lora, self._modules, row, anywhere):
-                    self._stage_block(write, staged, buffers)
+                self._stage_row(lora, row, needs.get(row.name, 0), staged, buffers)
             for feature in features:
                 self._stage_feature(feature, staged)
             buffers.wait()
@@ -144,11 +144,30 @@ class AdapterPool:
         """The whole matrices that an adapter takes, wherever they will be."""
         return {name: 0 for name, rows in lora.vocab_rows.items() if is_full(rows, self._config)}
 
-    def _stage_block(
-        self, write: BlockWrite, staged: StagedAdapter, buffers: StagingBuffers
+    def _stage_row(
+        self,
+        lora: LoRAModel,
+        row: Projection,
+        count: int,
+        staged: StagedAdapter,
+        buffers: StagingBuffers,
     ) -> None:
-        """Sends a block's a, b and scales (see BlockWrite.arrays) on their way to the devices."""
-        arrays = write.arrays(self._shards, buffers.empty)
+        """Sends an adapter's blocks of a row, `count` for a layer, on their way to the devices."""
+        every = BlockWrite.all(lora, self._modules, row, [0] * count)  # the place comes later
+        for layer in dict.fromkeys(write.layer for write in every):
+            writes = [write for write in every if write.layer == layer]
+            places = lora, self._modules, row, layer, range(count), self._shards
+            for write, arrays in zip(writes, block_arrays(*places, buffers.empty), strict=True):
+                self._stage_block(write, arrays, staged, buffers)
+
+    def _stage_block(
+        self,
+        write: BlockWrite,
+        arrays: BlockArrays,
+        staged: StagedAdapter,
+        buffers: StagingBuffers,
+    ) -> None:
+        """arrays: of the write (see BlockArrays)."""
         if self._hosts is not None:
             self._hosts.stage("block", [staged.number, *write.name], arrays)
         staged.blocks[write.name] = self.send_block(write.projection, arrays, buffers)
@@ -218,7 +237,7 @@ class AdapterPool:
         name, layer = write.name, write.layer or 0
         if staged is None or name not in staged.blocks:
             with staging(self._hosts) as staged:
-                self._stage_block(write, staged, buffers)
+                self._stage_block(write, write.arrays(self._shards), staged, buffers)
         with agreed(self._hosts, "block", [staged.number, *name, layer, write.block], []):
             self.write_block(write.projection, layer, write.block, *staged.blocks[name])
 

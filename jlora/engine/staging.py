@@ -18,8 +18,8 @@ _EACH = 4  # arrays of a kind, for the blocks of a large adapter: one is filled,
 class StagedAdapter:
     """An adapter that only needs a place: blocks on the device, and arrays of its features.
 
-    blocks: by BlockWrite.name, a, b and scales (these on the host). features: by FeatureWrite.name. number: by which
-    other hosts know it.
+    blocks: by BlockWrite.name, a, b and scales (these on the host). features: by FeatureWrite.name.
+    number: by which other hosts know it.
     """
 
     blocks: dict[tuple, tuple[jax.Array, jax.Array, np.ndarray]] = field(default_factory=dict)

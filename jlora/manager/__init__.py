@@ -1,10 +1,12 @@
 """Adapters on the host: reading, registry, LRU, pins, slots, rank blocks. Imports no jax."""
 
 from jlora.manager.blocks import (
+    BlockArrays,
     BlockPool,
     BlockWrite,
     Needs,
     SlotMap,
+    block_arrays,
     blocks_needed,
     pool_rows,
     row_blocks,
@@ -45,6 +47,7 @@ __all__ = [
     "AdapterStatus",
     "AdapterVersion",
     "BaseWeight",
+    "BlockArrays",
     "BlockPool",
     "BlockWrite",
     "Durations",
@@ -67,6 +70,7 @@ __all__ = [
     "VocabRows",
     "WorkerLoRAManager",
     "Write",
+    "block_arrays",
     "blocks_needed",
     "export_adapter",
     "feature_rows",

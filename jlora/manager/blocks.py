@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -115,79 +115,113 @@ class BlockWrite:
             for layer in layers
         ]
 
-    def arrays(
-        self, shards: int, empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the device needs to fill the block, in the adapter's own dtype.
-
-        empty: makes arrays that may hold anything, of a shape and dtype.
-
-        Returns a [layers, experts, parts, rank, d_in], b [layers, experts, stored width, rank]
-        (rows placed for `shards` devices; the device transposes), and each part's scale [layers,
-        experts, parts], float32. experts is 1 for a row that has none.
-        """
-        row, rank = self.projection, LORA_BLOCK_RANK
-        packed = packed_layers(self.lora, self.modules, row, self.layer)
-        starts = np.cumsum([0, *(part.width for part in row.parts)])
-        dtype = staging_dtype(
-            [part for layer in packed for one in layer for part in one.parts if part is not None]
-        )
-        count, experts, parts = len(packed), len(packed[0]), len(row.parts)
-        a = empty((count, experts, parts, rank, row.d_in), dtype)
-        b = empty((count, experts, int(starts[-1]), rank), dtype)
-        scales = np.ones((count, experts, parts), np.float32)
-        rows = slice(self.first_rank, self.first_rank + rank)
-        for part in range(parts):
-            places: list[tuple[int, int]] = []
-            there: list[LoRALayerWeights] = []
-            columns = slice(starts[part], starts[part + 1])
-            for layer, expert in np.ndindex(count, experts):
-                weights = packed[layer][expert].parts[part]
-                if weights is None:
-                    a[layer, expert, part], b[layer, expert, columns] = 0, 0
-                else:
-                    places.append((layer, expert))
-                    there.append(weights)
-                    scales[layer, expert, part] = weights.scaling
-            _place([weights.lora_a[rows] for weights in there], places, a[:, :, part])
-            _place([weights.lora_b[:, rows] for weights in there], places, b[:, :, columns])
-        if shards > 1 or row.stored_width(1) > b.shape[2]:
-            b = b[:, :, row.columns(shards)]
-        return a, b, scales
+    def arrays(self, shards: int) -> BlockArrays:
+        """What the device needs to fill the block."""
+        index = self.first_rank // LORA_BLOCK_RANK
+        places = self.lora, self.modules, self.projection, self.layer
+        return next(block_arrays(*places, [index], shards))
 
 
-def _place(matrices: list[np.ndarray], places: list[tuple[int, int]], into: np.ndarray) -> None:
-    """Each matrix at the beginning of its place in the array, zeros after it.
+# a [layers, experts, parts, rank, d_in], b [layers, experts, stored width, rank] (rows placed for
+# the devices; the device transposes), both in the adapter's own dtype, and each part's scale
+# [layers, experts, parts], float32. experts is 1 for a row that has none.
+BlockArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-    In few calls: those of a file are equally far apart in memory, if the layers are alike.
+
+def block_arrays(
+    lora: LoRAModel,
+    modules: ModuleMap,
+    row: Projection,
+    layer: int | None,
+    indices: Iterable[int],
+    shards: int,
+    empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty,
+) -> Iterator[BlockArrays]:
+    """What the device needs to fill blocks of a row: those of the adapter's with these indices.
+
+    layer: the only one that they hold; None: all. empty: makes arrays that may hold anything, of a
+    shape and dtype.
     """
-    alike: dict[tuple, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        whose = index if matrix.base is None else id(matrix.base)
-        alike.setdefault((whose, matrix.shape, matrix.strides, matrix.dtype), []).append(index)
-    for (_, (rows, columns), *_), indices in alike.items():
-        for run in _equally_far(indices, matrices):
-            at = tuple(np.array([places[index] for index in run]).T)
-            into[(*at, slice(rows), slice(columns))] = _side_by_side([matrices[i] for i in run])
-            if rows < into.shape[-2]:
-                into[(*at, slice(rows, None))] = 0
-            if columns < into.shape[-1]:
-                into[(*at, slice(rows), slice(columns, None))] = 0
+    packed, rank = packed_layers(lora, modules, row, layer), LORA_BLOCK_RANK
+    starts = np.cumsum([0, *(part.width for part in row.parts)])
+    dtype = staging_dtype(
+        [part for layer in packed for one in layer for part in one.parts if part is not None]
+    )
+    each = len(packed), len(packed[0])
+    scales = np.ones((*each, len(row.parts)), np.float32)
+    absent: list[tuple[int, int, int]] = []
+    every_a: list[tuple[int, _Run]] = []
+    every_b: list[tuple[slice, _Run]] = []
+    for part in range(len(row.parts)):
+        there: dict[tuple[int, int], LoRALayerWeights] = {}
+        for place in np.ndindex(each):
+            weights = packed[place[0]][place[1]].parts[part]
+            if weights is None:
+                absent.append((*place, part))
+            else:
+                there[place], scales[(*place, part)] = weights, weights.scaling
+        columns = slice(starts[part], starts[part + 1])
+        every_a += [(part, run) for run in _runs({at: one.lora_a for at, one in there.items()})]
+        every_b += [(columns, run) for run in _runs({at: one.lora_b for at, one in there.items()})]
+    moves = shards > 1 or row.stored_width(1) > starts[-1]
+    for index in indices:
+        ranks = slice(index * rank, (index + 1) * rank)
+        a = empty((*each, len(row.parts), rank, row.d_in), dtype)
+        b = empty((*each, int(starts[-1]), rank), dtype)
+        for at, expert, part in absent:
+            a[at, expert, part] = b[at, expert, starts[part] : starts[part + 1]] = 0
+        for part, (places, matrices) in every_a:
+            _place(matrices[:, ranks], places, a[:, :, part])
+        for columns, (places, matrices) in every_b:
+            _place(matrices[:, :, ranks], places, b[:, :, columns])
+        yield a, b[:, :, row.columns(shards)] if moves else b, scales
+
+
+_Places = tuple[np.ndarray, np.ndarray]  # layers and experts
+_Run = tuple[_Places, np.ndarray]  # and the matrices of them all
+
+
+def _runs(matrices: dict[tuple[int, int], np.ndarray]) -> Iterator[_Run]:
+    """Matrices by place, those together that can be copied in one call.
+
+    Those of a file are equally far apart in memory, if the layers are alike.
+    """
+    alike: dict[tuple, list[tuple[int, int]]] = {}
+    for place, matrix in matrices.items():
+        whose = place if matrix.base is None else id(matrix.base)
+        alike.setdefault((whose, matrix.shape, matrix.strides, matrix.dtype), []).append(place)
+    for places in alike.values():
+        for run in _equally_far(places, matrices):
+            layers, experts = np.array(run).T
+            yield (layers, experts), _side_by_side([matrices[place] for place in run])
+
+
+def _place(matrices: np.ndarray, places: _Places, into: np.ndarray) -> None:
+    """Each matrix at the beginning of its place in the array, zeros after it."""
+    layers, experts = places
+    rows, columns = matrices.shape[1:]
+    into[layers, experts, :rows, :columns] = matrices
+    if rows < into.shape[-2]:
+        into[layers, experts, rows:] = 0
+    if columns < into.shape[-1]:
+        into[layers, experts, :rows, columns:] = 0
 
 
 def _address(matrix: np.ndarray) -> int:
     return matrix.__array_interface__["data"][0]
 
 
-def _equally_far(indices: list[int], matrices: list[np.ndarray]) -> Iterable[list[int]]:
-    """The indices in the order of their matrices in memory, parted where the distance changes."""
-    where = {index: _address(matrices[index]) for index in indices}
-    run: list[int] = []
-    for index in sorted(indices, key=where.__getitem__):
-        if len(run) > 1 and where[index] - where[run[-1]] != where[run[1]] - where[run[0]]:
+def _equally_far(
+    places: list[tuple[int, int]], matrices: dict[tuple[int, int], np.ndarray]
+) -> Iterator[list[tuple[int, int]]]:
+    """The places in the order of their matrices in memory, parted where the distance changes."""
+    where = {place: _address(matrices[place]) for place in places}
+    run: list[tuple[int, int]] = []
+    for place in sorted(places, key=where.__getitem__):
+        if len(run) > 1 and where[place] - where[run[-1]] != where[run[1]] - where[run[0]]:
             yield run
             run = []
-        run.append(index)
+        run.append(place)
     if run:
         yield run
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jlora.manager.peft import TensorLike
 from jlora.manager.peft_config import EMBED, HEAD
 from jlora.manager.tensors import Source, Tensor
 from jlora.manager.weights import LoRALayerWeights
@@ -155,19 +157,45 @@ def _shapes(layer: Layer, added: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read_layer(source: Source, layer: Layer) -> LoRALayerWeights:
-    """The adapter of a module that `check_layer` has passed."""
-    helper, tensors = source.helper, layer.tensors
-    alpha, scale = helper.alpha(layer.name), helper.scaling(layer.name)
-    prefix = "lora_embedding" if layer.module == EMBED else "lora"
-    bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
-    return LoRALayerWeights(
-        canonical(source, layer.module),
-        layer.rank,
-        alpha,
-        source.read(tensors[f"{prefix}_A"]),
-        source.read(tensors[f"{prefix}_B"], abs(scale)),
-        scale,
-        bias=None if bias is None else source.read(bias, abs(scale)),
-        magnitude=None if magnitude is None else source.read(magnitude),
-    )
+@dataclass(frozen=True)
+class LayerPlan:
+    """How to read the adapter of a module: names in the file, None for what it has not."""
+
+    module_name: str
+    rank: int
+    alpha: float
+    scaling: float
+    a: str
+    b: str
+    bias: str | None
+    magnitude: str | None
+
+    @classmethod
+    def of(cls, source: Source, layer: Layer) -> LayerPlan:
+        """Of a layer that `check_layer` has passed."""
+        keys = {kind: tensor.key for kind, tensor in layer.tensors.items()}
+        prefix = "lora_embedding" if layer.module == EMBED else "lora"
+        return cls(
+            canonical(source, layer.module),
+            layer.rank,
+            source.helper.alpha(layer.name),
+            source.helper.scaling(layer.name),
+            keys[f"{prefix}_A"],
+            keys[f"{prefix}_B"],
+            keys.get("lora_B.bias"),
+            keys.get("lora_magnitude_vector"),
+        )
+
+    def read(self, source: Source, tensors: Mapping[str, TensorLike]) -> LoRALayerWeights:
+        """The adapter of the module."""
+        scale, bias, magnitude = abs(self.scaling), self.bias, self.magnitude
+        return LoRALayerWeights(
+            self.module_name,
+            self.rank,
+            self.alpha,
+            source.read_data(self.a, tensors[self.a]),
+            source.read_data(self.b, tensors[self.b], scale),
+            self.scaling,
+            None if bias is None else source.read_data(bias, tensors[bias], scale),
+            None if magnitude is None else source.read_data(magnitude, tensors[magnitude]),
+        )

@@ -12,11 +12,11 @@ from typing import Any
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
 from jlora.manager.blocks import most_blocks
+from jlora.manager.earlier import EarlierReads
 from jlora.manager.lora_model import BaseWeight, LoRAModel
 from jlora.manager.mixture import Adapter, mix
 from jlora.manager.peft import content_identity, file_fingerprint, resolve_adapter_path
 from jlora.manager.peft_config import PEFTHelper, other_base_model
-from jlora.manager.recycled import RecycledMemory
 from jlora.projections import ModuleMap
 from jlora.request import LoRARequest
 
@@ -40,7 +40,7 @@ class AdapterLoader:
         self.modules, self.lora_config = modules, lora_config
         self._base_weight, self._model_name = base_weight, model_name
         self._warned: set[str] = set()
-        self._memory = RecycledMemory()
+        self._earlier = EarlierReads()
 
     def load(
         self,
@@ -110,7 +110,7 @@ class AdapterLoader:
                 *limits,
                 base_weight=self._base_weight,
                 known=known,
-                empty=self._memory.empty,
+                earlier=self._earlier,
             )
         self._warn_of_base(request.base_model_name or lora.base_model_name, name)
         return lora, folder

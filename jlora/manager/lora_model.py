@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
+from jlora.manager.earlier import EarlierReads
 from jlora.manager.peft import FolderHash, as_array, file_fingerprint, open_adapter
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.reader import read_parts
@@ -120,15 +121,15 @@ class LoRAModel:
         name: str | None = None,
         base_weight: BaseWeight | None = None,
         known: tuple[str, str] | None = None,
-        empty: Callable[[int], np.ndarray] | None = None,
+        earlier: EarlierReads | None = None,
     ) -> LoRAModel:
         """Reads a folder that PEFT saved. Raises AdapterError for anything that does not fit.
 
         base_weight: gives a tensor of the base model ("model.embed_tokens.weight"; "lm_head.weight"
         also of a tied model) as the checkpoint has it, to compare what PEFT saved beside the
         adapter; without it an adapter that holds such tensors is refused. known: an earlier
-        fingerprint of the files, and the identity that they had. empty: gives so many bytes of
-        memory for the tensors, uint8.
+        fingerprint of the files, and the identity that they had. earlier: what reads of other
+        adapters, for the same model and limits, have left.
         """
         folder = Path(lora_dir)
         name = name or f"adapter {folder.name}"
@@ -137,7 +138,7 @@ class LoRAModel:
             identity = known[1] if known is not None and known[0] == fingerprint else ""
             try:
                 with nullcontext() if identity else FolderHash(folder) as hashed:
-                    with open_adapter(folder, name, empty) as (helper, tensors):
+                    with open_adapter(folder, name, earlier) as (helper, tensors):
                         source = Source(name, helper, modules, lora_config, base_weight)
                         lora = cls._from_source(lora_model_id, source, tensors, "")
                     lora.identity = identity if hashed is None else hashed.name()

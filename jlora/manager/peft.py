@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from jlora.errors import AdapterError
 from jlora.files import TOKENIZER_FILES, first_line, read_json
+from jlora.manager.earlier import EarlierReads
 from jlora.manager.orbax_adapter import LARGEST_CONFIG, orbax_file_names, orbax_folder, read_orbax
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.peft_values import CONFIG_NAME
@@ -33,7 +34,6 @@ PICKLE_NAME = "adapter_model.bin"
 # What is taken of a Hub repository besides the weights: the tokeniser may have tokens of its own.
 HUB_FILES = (CONFIG_NAME, *TOKENIZER_FILES)
 _PIECE = 1 << 25  # bytes that are hashed by one thread
-_PIECE_READ = 1 << 22  # bytes at a time: each time other threads may take their turn
 _HASHING = 4  # threads
 
 
@@ -122,12 +122,12 @@ def read_config(folder: Path, adapter: str) -> PEFTHelper:
 
 @contextlib.contextmanager
 def open_adapter(
-    folder: Path, adapter: str, empty: Callable[[int], np.ndarray] | None = None
+    folder: Path, adapter: str, earlier: EarlierReads | None = None
 ) -> Iterator[tuple[PEFTHelper, Mapping[str, TensorLike]]]:
     """The configuration of an adapter folder and its tensors, to be read inside the context.
 
-    empty: gives so many bytes of memory for them, uint8. What is in an Orbax checkpoint has the
-    names and shapes with which PEFT would have saved it.
+    earlier: what other reads have left. What is in an Orbax checkpoint has the names and shapes
+    with which PEFT would have saved it.
     """
     if is_orbax(folder):
         config, arrays = read_orbax(folder, adapter)
@@ -143,7 +143,7 @@ def open_adapter(
         if not safe.is_file():
             raise AdapterError(f"{adapter}: {folder} has no {WEIGHTS_NAME}")
         try:
-            with SafetensorsFile(safe, empty or _fresh) as tensors:
+            with SafetensorsFile(safe, earlier or EarlierReads()) as tensors:
                 yield helper, tensors
         except (SafetensorError, OSError) as error:
             raise AdapterError(
@@ -151,10 +151,6 @@ def open_adapter(
             ) from error
     else:
         yield helper, _read_pickle(pickled, adapter)
-
-
-def _fresh(nbytes: int) -> np.ndarray:
-    return np.empty(nbytes, np.uint8)
 
 
 def _read_pickle(path: Path, adapter: str) -> Mapping[str, TensorLike]:
@@ -239,7 +235,7 @@ class FolderHash:
 
     def _hash(self, path: Path, first: int, step: int, size: int) -> list[bytes]:
         """Of the pieces first, first + step ..."""
-        found, buffer = [], bytearray(min(_PIECE_READ, size))
+        found, buffer = [], bytearray(1 << 20)
         with path.open("rb", buffering=0) as file:
             for start in range(first * _PIECE, size, step * _PIECE):
                 digest, left = hashlib.sha256(), _PIECE

@@ -13,20 +13,22 @@ from jlora.manager.experts import Fused, check_fused, fused, read_fused
 from jlora.manager.layers import (
     LORA_KINDS,
     Layer,
+    LayerPlan,
     canonical,
     check_allowed,
     check_layer,
     place_of,
     plan_layer,
-    read_layer,
 )
 from jlora.manager.peft import TensorLike
 from jlora.manager.peft_config import EMBED, HEAD
+from jlora.manager.safetensors_file import SafetensorsFile
 from jlora.manager.tensors import Modules, Source, Tensor, by_module
 from jlora.manager.vocabulary import VOCAB_KINDS, VocabularyReader
 from jlora.manager.weights import LoRALayerWeights, VocabRows
 
 _MATCHING_SECONDS = 20  # for all patterns of a configuration on all modules of a file
+_PLANS = 8  # configurations of files with the same header
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,35 @@ class Parts:
 
 
 def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
-    """Checks names, shapes and dtypes of all tensors, and then reads them."""
+    """Checks names, shapes and dtypes of all tensors, and then reads them.
+
+    Of files that hold nothing but low-rank matrices of layers the checks hold for all that have the
+    same header and configuration.
+    """
+    plans: dict[str, _Plan] = tensors.layout.plans if isinstance(tensors, SafetensorsFile) else {}
+    configuration = repr(source.helper)
+    plan = plans.get(configuration)
+    if plan is None:
+        return _read_first(source, tensors, plans, configuration)
+    read = (layer.read(source, tensors) for layer in plan.layers)
+    return Parts({one.module_name: one for one in read}, {}, {}, 0, dict(plan.counts))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    layers: list[LayerPlan]
+    counts: Counter[str]
+
+
+def _read_first(
+    source: Source, tensors: Mapping[str, TensorLike], plans: dict[str, _Plan], configuration: str
+) -> Parts:
+    """Checks and reads; adds to `plans` what holds for others, too."""
     modules = by_module(tensors, source.adapter)
     vocabulary = VocabularyReader(source, modules)
     groups = _groups(source, modules)
-    layers = _plan(source, groups.layers)
-    for layer in layers:
+    matched = _match(source, groups.layers)
+    for layer in matched:
         check_layer(source, layer, vocabulary.added)
     for array, tensors_of_array in groups.fused:
         check_fused(source, array, tensors_of_array)
@@ -54,7 +79,8 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
         _check_bias(source, tensor)
     vocabulary.check()
     loras: dict[str, LoRALayerWeights] = {}
-    read = [read_layer(source, layer) for layer in layers]
+    layers = [LayerPlan.of(source, layer) for layer in matched]
+    read = [layer.read(source, tensors) for layer in layers]
     for array, tensors_of_array in groups.fused:
         read += read_fused(source, array, tensors_of_array)
     for one in read:
@@ -65,10 +91,13 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
     rows = vocabulary.read()
     biases = {canonical(source, bias.module): source.read(bias) for bias in groups.biases}
     _refuse_combinations(source, loras, rows, biases)
+    only_layers = not (groups.fused or biases or rows or vocabulary.added)
+    if only_layers and not loras.keys() & {EMBED, HEAD} and len(plans) < _PLANS:
+        plans[configuration] = _Plan(layers, groups.counts)
     return Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
 
 
-def _plan(source: Source, layers: list[dict[str, Tensor]]) -> list[Layer]:
+def _match(source: Source, layers: list[dict[str, Tensor]]) -> list[Layer]:
     """Matches the configuration's patterns, for a limited time."""
     start, planned = time.monotonic(), []
     for tensors in layers:

@@ -11,7 +11,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jlora.manager.earlier import EarlierReads
 from jlora.manager.magnitude import largest
 
 DTYPES = {
@@ -41,21 +43,43 @@ _KEPT = (
 _LARGEST_HEADER = 1 << 24  # bytes; reading one keeps other threads waiting
 
 
-class FileTensor:
-    """A tensor of a file. span: its bytes in the memory that is shared; None: it has its own."""
+@dataclass(frozen=True)
+class Place:
+    """A tensor by a file's header. span: its bytes in the memory that is shared; None: its own."""
 
-    def __init__(self, file: SafetensorsFile, name: str) -> None:
+    shape: tuple[int, ...]
+    dtype: Any
+    span: slice | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file's header says.
+
+    runs: where in the file the tensors that share memory begin, and end. size: bytes of them all.
+    plans: what the reader of adapters has found out of it, by configuration.
+    """
+
+    tensors: dict[str, Place]
+    runs: list[tuple[int, int]]
+    size: int
+    plans: dict[str, Any] = field(default_factory=dict)
+
+
+class FileTensor:
+    """A tensor of a file."""
+
+    __slots__ = ("_file", "_name", "dtype", "shape", "span")
+
+    def __init__(self, file: SafetensorsFile, name: str, place: Place) -> None:
         self._file, self._name = file, name
-        self._slice = file.checked.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-        self.dtype = DTYPES.get(self._slice.get_dtype(), self._slice.get_dtype())
-        self.span: slice | None = None
+        self.shape, self.dtype, self.span = place.shape, place.dtype, place.span
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Its rows; for `...` all of it, which may be a view of what tensors share."""
         if rows is not ...:
-            return self._slice[rows]
-        if self.span is None or not isinstance(self.dtype, np.dtype):  # the latter for mypy
+            return self._file.checked.get_slice(self._name)[rows]
+        if self.span is None:
             return self._file.checked.get_tensor(self._name)
         return self._file.memory[self.span].view(self.dtype).reshape(self.shape)
 
@@ -68,21 +92,16 @@ class FileTensor:
 class SafetensorsFile(Mapping[str, FileTensor]):
     """The tensors of a file, to be read inside its context."""
 
-    def __init__(self, path: Path, empty: Callable[[int], np.ndarray]) -> None:
-        """Reads names, shapes and dtypes. Raises SafetensorError or OSError.
-
-        empty: gives so many bytes of memory that may hold anything, uint8.
-        """
-        self._empty, self._raw = empty, path.open("rb", buffering=0)
-        self._runs: list[tuple[int, int]] = []  # where what is shared begins in the file, and ends
+    def __init__(self, path: Path, earlier: EarlierReads) -> None:
+        """Reads names, shapes and dtypes. Raises SafetensorError or OSError."""
+        self._earlier, self._path = earlier, path
+        self._raw = path.open("rb", buffering=0)
         try:
             size = int.from_bytes(self._raw.read(8), "little")
             if size > _LARGEST_HEADER:
                 raise SafetensorError(f"its header has {size} bytes, above {_LARGEST_HEADER}")
-            header = self._raw.read(size)
-            self.checked = safe_open(path, "numpy")
-            self._tensors = {name: FileTensor(self, name) for name in self.checked.keys()}  # noqa: SIM118
-            self._share(json.loads(header), 8 + size)
+            header, whole = self._raw.read(size), os.fstat(self._raw.fileno()).st_size
+            self.layout: Layout = earlier.layout(header, whole, lambda: self._read_layout(header))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self._raw.close()
             raise SafetensorError("it changes while it is read") from error
@@ -90,30 +109,45 @@ class SafetensorsFile(Mapping[str, FileTensor]):
             self._raw.close()
             raise
 
-    def _share(self, header: dict[str, Any], first: int) -> None:
-        """Places the tensors that share memory. first: where the file's data begins."""
-        self._size = 0
-        kept = {
-            name: header[name]["data_offsets"] for name in self._tensors if name.endswith(_KEPT)
+    @functools.cached_property
+    def checked(self) -> Any:
+        """The library's view of the file, which it checks."""
+        return safe_open(self._path, "numpy")
+
+    def _read_layout(self, header: bytes) -> Layout:
+        """Which tensors there are, and a place for those that share memory."""
+        slices = {name: self.checked.get_slice(name) for name in self.checked.keys()}  # noqa: SIM118
+        dtypes = {
+            name: DTYPES.get(one.get_dtype(), one.get_dtype()) for name, one in slices.items()
         }
+        table, first = json.loads(header), 8 + len(header)
+        runs: list[tuple[int, int]] = []
+        spans: dict[str, slice] = {}
+        size = 0
+        kept = {name: table[name]["data_offsets"] for name in slices if name.endswith(_KEPT)}
         for name, (start, end) in sorted(kept.items(), key=lambda item: item[1]):
-            tensor = self._tensors[name]
-            if not isinstance(tensor.dtype, np.dtype):
+            dtype = dtypes[name]
+            if not isinstance(dtype, np.dtype):
                 continue
-            if end - start != math.prod(tensor.shape) * tensor.dtype.itemsize:
+            if end - start != math.prod(slices[name].get_shape()) * dtype.itemsize:
                 raise ValueError(f"{name} has another size")
-            tensor.span = slice(self._size, self._size + end - start)
-            self._size += end - start
-            if self._runs and self._runs[-1][1] == first + start:
-                self._runs[-1] = self._runs[-1][0], first + end
+            spans[name] = slice(size, size + end - start)
+            size += end - start
+            if runs and runs[-1][1] == first + start:
+                runs[-1] = runs[-1][0], first + end
             else:
-                self._runs.append((first + start, first + end))
+                runs.append((first + start, first + end))
+        places = {
+            name: Place(tuple(one.get_shape()), dtypes[name], spans.get(name))
+            for name, one in slices.items()
+        }
+        return Layout(places, runs, size)
 
     @functools.cached_property
     def memory(self) -> np.ndarray:
         """uint8: the tensors that share it, one after the other."""
-        memory, at = self._empty(self._size), 0
-        for start, end in self._runs:
+        memory, at = self._earlier.memory.empty(self.layout.size), 0
+        for start, end in self.layout.runs:
             while start < end:
                 count = os.preadv(self._raw.fileno(), [memory[at : at + end - start].data], start)
                 if not count:
@@ -124,21 +158,20 @@ class SafetensorsFile(Mapping[str, FileTensor]):
     @functools.cached_property
     def bound(self) -> float | None:
         """The largest magnitude in `memory`; None when its tensors differ in dtype."""
-        dtypes = {tensor.dtype for tensor in self._tensors.values() if tensor.span is not None}
+        dtypes = {one.dtype for one in self.layout.tensors.values() if one.span is not None}
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         return largest(self.memory.view(dtype)) if isinstance(dtype, np.dtype) else None
 
     def __getitem__(self, name: str) -> FileTensor:
-        return self._tensors[name]
+        return FileTensor(self, name, self.layout.tensors[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.layout.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.layout.tensors)
 
     def __enter__(self) -> SafetensorsFile:
-        self.checked.__enter__()
         return self
 
     def __exit__(
@@ -148,6 +181,5 @@ class SafetensorsFile(Mapping[str, FileTensor]):
         traceback: TracebackType | None,
     ) -> None:
         self._raw.close()
-        self._tensors.clear()  # they refer to this, which refers to the memory
-        self.__dict__.pop("memory", None)
-        self.checked.__exit__(kind, error, traceback)
+        self.__dict__.pop("memory", None)  # who still has a tensor must not keep it all
+        self.__dict__.pop("checked", None)

@@ -129,20 +129,28 @@ class Source:
 
     def read(self, tensor: Tensor, scale: float = 1.0) -> np.ndarray:
         """The array, float64 as float32. Raises for numbers that the device cannot hold."""
-        return self.narrowed(tensor, np.asarray(tensor.data[...]), scale)
+        return self.read_data(tensor.key, tensor.data, scale)
 
-    def narrowed(self, tensor: Tensor, array: np.ndarray, scale: float = 1.0) -> np.ndarray:
-        """Rows of a tensor that have been read, checked as `read` does."""
-        limit, bound = largest_held(self.config), None
-        if isinstance(tensor.data, FileTensor):  # so that most files are looked through once
-            bound = tensor.data.bound
+    def read_data(self, key: str, data: TensorLike, scale: float = 1.0) -> np.ndarray:
+        """As `read`, of a tensor's name and data."""
+        bound = data.bound if isinstance(data, FileTensor) else None  # of all of the file at once
+        return self.narrowed(key, np.asarray(data[...]), scale, bound)
+
+    def narrowed(
+        self, key: str, array: np.ndarray, scale: float = 1.0, bound: float | None = None
+    ) -> np.ndarray:
+        """Rows of a tensor that have been read, checked as `read` does.
+
+        bound: none of their numbers is larger in magnitude; None when that is not known.
+        """
+        limit = largest_held(self.config)
         found = (
             bound if bound is not None and max(bound, bound * scale) <= limit else largest(array)
         )
         # `not <=`, so that NaN does not pass.
         if not self.config.allow_nonfinite_loras and not max(found, found * scale) <= limit:
             self.fail(
-                f"tensor {tensor.key} holds {found:g}, which times the scale {scale:g} is not a "
+                f"tensor {key} holds {found:g}, which times the scale {scale:g} is not a "
                 f"finite {_pool_dtype(self.config)} number (NaN or infinity, or above {limit:g})"
             )
         return array.astype(np.float32) if array.dtype == np.float64 else array

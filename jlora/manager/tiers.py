@@ -280,10 +280,11 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             if adapter is None:
                 if adapter_id > 0 and adapter_id not in self._failures:
                     self.fetch(self._as_last_read(request))
+            elif full and isinstance(adapter, LoRAModel):
+                continue
             elif manager.slot_of(adapter_id) is None:
-                if not full or not isinstance(adapter, LoRAModel):
-                    self._copies.copy(adapter_id, adapter)
-                    full = self._copies.full
+                self._copies.copy(adapter_id, adapter)
+                full = self._copies.full
 
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
         """The adapters of waiting requests that the host can keep beside those it must."""

@@ -194,7 +194,7 @@ class VocabularyReader:
         ids, rows = [], []
         hidden = tensor.data.shape[1]
         for piece in chunks(tensor.data.shape[0], hidden * 8):
-            ours = self.source.narrowed(tensor, np.asarray(tensor.data[piece]))
+            ours = self.source.narrowed(tensor.key, np.asarray(tensor.data[piece]))
             theirs = base[piece]
             same = (_bits(ours[: len(theirs)].astype(base.dtype, copy=False)) == _bits(theirs)).all(
                 axis=1

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from jlora.errors import AdapterError
 from jlora.manager import LoRAModel, PEFTHelper, safetensors_file
+from jlora.manager.earlier import EarlierReads
 from jlora.manager.peft import file_fingerprint, read_config
 from jlora.manager.peft_config import other_base_model
 from jlora.manager.recycled import RecycledMemory
@@ -325,8 +326,8 @@ def test_tensors_that_are_read_together_are_those_of_the_library(tmp_path, kept,
         for i in range(20)
     }
     save_file(tensors, tmp_path / "x.safetensors")
-    empty = RecycledMemory().empty
-    with safetensors_file.SafetensorsFile(tmp_path / "x.safetensors", empty) as file:
+    earlier = EarlierReads()
+    with safetensors_file.SafetensorsFile(tmp_path / "x.safetensors", earlier) as file:
         assert set(file) == set(tensors)
         for name, expected in tensors.items():
             assert file[name].shape == expected.shape and file[name].dtype == expected.dtype
@@ -414,14 +415,15 @@ def test_a_header_without_end_is_refused_unread(tmp_path):
 def test_a_file_that_ends_early_is_refused(tmp_path, monkeypatch):
     """It was whole when its header was read."""
     folder = write_adapter(tmp_path / "a")
-    real = safetensors_file.SafetensorsFile._share
+    real = safetensors_file.SafetensorsFile._read_layout
 
     def shorten(self, *arguments):
-        real(self, *arguments)
+        found = real(self, *arguments)
         with (folder / WEIGHTS).open("r+b") as file:
             file.truncate((folder / WEIGHTS).stat().st_size - 8)
+        return found
 
-    monkeypatch.setattr(safetensors_file.SafetensorsFile, "_share", shorten)
+    monkeypatch.setattr(safetensors_file.SafetensorsFile, "_read_layout", shorten)
     with pytest.raises(AdapterError, match=r"ends before|not fully covered"):
         load(folder)
 

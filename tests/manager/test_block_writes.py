@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jlora.config import LORA_BLOCK_RANK
-from jlora.manager import BlockWrite, LoRAModel, PEFTHelper, blocks_needed
+from jlora.manager import BlockWrite, LoRAModel, PEFTHelper, block_arrays, blocks_needed
 from jlora.projections import ModuleMap, check_shards
 from tests.manager.adapters import (
     ALL,
@@ -37,8 +37,12 @@ def poisoned(shape, dtype):
 
 def writes(lora, row, shards=1, modules=MODULES):
     """The arrays of every block of a row."""
-    blocks = [9] * blocks_needed(lora, modules).get(row.name, 0)
-    arrays = [one.arrays(shards, poisoned) for one in BlockWrite.all(lora, modules, row, blocks)]
+    count = blocks_needed(lora, modules).get(row.name, 0)
+    arrays = list(block_arrays(lora, modules, row, None, range(count), shards, poisoned))
+    alone = [one.arrays(shards) for one in BlockWrite.all(lora, modules, row, [9] * count)]
+    for one, other in zip(arrays, alone, strict=True):
+        for array, same in zip(one, other, strict=True):
+            np.testing.assert_array_equal(array, same)
     assert all(array.shape[1] == 1 for one in arrays for array in one)  # no experts
     return [tuple(array[:, 0] for array in one) for one in arrays]
 
