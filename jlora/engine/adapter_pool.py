@@ -237,7 +237,8 @@ class AdapterPool:
         name, layer = write.name, write.layer or 0
         if staged is None or name not in staged.blocks:
             with staging(self._hosts) as staged:
-                self._stage_block(write, write.arrays(self._shards), staged, buffers)
+                arrays = write.arrays(self._shards, buffers.empty)  # which waits for earlier ones
+                self._stage_block(write, arrays, staged, buffers)
         with agreed(self._hosts, "block", [staged.number, *name, layer, write.block], []):
             self.write_block(write.projection, layer, write.block, *staged.blocks[name])
 

@@ -115,11 +115,13 @@ class BlockWrite:
             for layer in layers
         ]
 
-    def arrays(self, shards: int) -> BlockArrays:
-        """What the device needs to fill the block."""
+    def arrays(
+        self, shards: int, empty: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty
+    ) -> BlockArrays:
+        """What the device needs to fill the block; see `block_arrays`."""
         index = self.first_rank // LORA_BLOCK_RANK
         places = self.lora, self.modules, self.projection, self.layer
-        return next(block_arrays(*places, [index], shards))
+        return next(block_arrays(*places, [index], shards, empty))
 
 
 # a [layers, experts, parts, rank, d_in], b [layers, experts, stored width, rank] (rows placed for

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
+import weakref
 from collections.abc import Iterator
 
 import jax
@@ -260,3 +262,20 @@ def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, words,
     runner.warm_up(progress=False)
     assert runner._compiled == {("a",): done, ("b",): done, ("c",): done}
     assert calls.count(("b",)) == 2
+
+
+def test_an_engine_is_in_no_cycle_and_the_collector_is_spared_while_it_lives(folder):
+    before = gc.get_freeze_count()
+    llm = small_llm(folder / "model", enforce_eager=False)
+    assert gc.get_freeze_count() > before + 10_000
+    adapter = LoRARequest("a", 1, str(folder / "adapter-4"))
+    llm.generate(["the quick"], SamplingParams(max_tokens=2), lora_request=adapter, use_tqdm=False)
+    engine = weakref.ref(llm.llm_engine)
+    pool = weakref.ref(llm.llm_engine.runner.pool)
+    gc.disable()
+    try:
+        del llm
+        assert engine() is None and pool() is None
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0

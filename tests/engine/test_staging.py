@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from jlora import LoRARequest
 from jlora.engine.staging import StagingBuffers
+from jlora.manager import LRUCacheWorkerLoRAManager
+from tests.engine.tools import make_adapters, make_text_model, small_llm
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -73,3 +76,22 @@ def test_shapes_and_dtypes_are_kept_apart(monkeypatch):
     for shape, dtype in (((2, 8), np.float16), ((4, 4), np.float32)):
         array = staging.empty(shape, dtype)
         assert array.shape == shape and array.dtype == dtype
+
+
+def test_a_write_that_nobody_has_staged_waits_for_earlier_ones(tmp_path, monkeypatch):
+    """All its arrays come from buffers of which few are on their way: else memory runs out."""
+    make_text_model(tmp_path / "model")
+    adapters = make_adapters(tmp_path / "model", tmp_path, (20, 20, 20))
+    llm = small_llm(tmp_path / "model", max_lora_rank=32, max_loras=3, max_cpu_loras=3)
+    manager, pool = llm.llm_engine.lora, llm.llm_engine.runner.pool
+    for index, path in enumerate(adapters, 1):
+        LRUCacheWorkerLoRAManager.add_adapter(manager, LoRARequest(str(index), index, str(path)))
+    real, asked = StagingBuffers.empty, []
+    monkeypatch.setattr(
+        StagingBuffers, "empty", lambda self, *kind: asked.append(kind) or real(self, *kind)
+    )
+    writes = manager.manager.take_writes()
+    manager.manager.put_back(writes)
+    assert len(writes) >= 6
+    pool.apply(manager.manager)
+    assert len(asked) == 2 * len(writes)

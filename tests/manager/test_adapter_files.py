@@ -500,3 +500,55 @@ def test_ten_thousand_patterns(tmp_path):
     write_adapter(tmp_path / "a", rank_pattern=patterns)
     with pytest.raises(AdapterError, match="rank_pattern has 10001 entries"):
         load(folder)
+
+
+def test_a_file_like_an_earlier_one_is_read_as_if_it_were_the_first(tmp_path):
+    """What was found out of a header holds for no other configuration, limit or length."""
+    targets = ("q_proj", "v_proj", "down_proj")
+    earlier, modules = EarlierReads(), {"target_modules": list(targets)}
+
+    def read(folder, kept, **options):
+        config = lora_config(**options)
+        return LoRAModel.from_local_checkpoint(
+            folder, 1, MODULES, config, "adapter 'a'", earlier=kept
+        )
+
+    for index, config in enumerate(
+        (
+            {},
+            {},
+            {"lora_alpha": 7},
+            {"use_rslora": True},
+            {"alpha_pattern": {"q_proj": 3}},
+            {"layers_to_transform": [0, 1]},
+        )
+    ):
+        tensors = make_tensors(targets, seed=index)
+        folder = write_adapter(tmp_path / str(index), tensors, **modules, **config)
+        assert content(read(folder, earlier)) == content(read(folder, None))
+        assert read(folder, earlier).tensor_counts == read(folder, None).tensor_counts
+    for wrong in ({"r": 16}, {"target_modules": ["q_proj"]}, {"use_dora": True}):
+        folder = write_adapter(tmp_path / f"wrong{wrong}", make_tensors(targets), **modules | wrong)
+        with pytest.raises(AdapterError):
+            read(folder, earlier)
+    bad = make_tensors(targets, seed=9)
+    bad[next(iter(bad))][0, 0] = np.nan
+    with pytest.raises(AdapterError, match="nan"):
+        read(write_adapter(tmp_path / "nan", bad, **modules), earlier)
+    folder = write_adapter(tmp_path / "short", make_tensors(targets), **modules)
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.truncate((folder / WEIGHTS).stat().st_size - 2)
+    with pytest.raises(AdapterError, match="safetensors"):
+        read(folder, earlier)
+
+
+def test_of_headers_only_so_much_is_kept():
+    earlier, made = EarlierReads(), []
+    for index in range(40):
+        earlier.layout(bytes([index]) * (1 << 20), 1, lambda: made.append(1) or object())
+    assert len(made) == 40
+    kept = [one for one in range(40) if (bytes([one]) * (1 << 20), 1) in earlier._found]
+    assert kept == list(range(32, 40))
+    huge = b"x" * (1 << 24)
+    earlier.layout(huge, 1, object)
+    assert (huge, 1) not in earlier._found and len(earlier._found) == 8

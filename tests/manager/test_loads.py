@@ -274,3 +274,23 @@ def test_who_stops_waiting_for_a_job_does_not_end_it(gate):
     assert results(loads, 1) == {"shared": "done"}
     loads.start("next", lambda: "next")
     assert results(loads, 1) == {"next": "next"}
+
+
+def test_a_thread_does_one_job_after_the_other():
+    loads, threads = BackgroundLoads(2, SOON), set()
+    for key in range(5):
+        loads.start(key, lambda: threads.add(threading.get_ident()))
+        collect_all(loads, 1)
+    assert len(threads) == 1
+
+
+def test_threads_that_have_nothing_to_do_end(monkeypatch):
+    monkeypatch.setattr("jlora.manager.loads._IDLE_SECONDS", 0.05)
+    loads, threads = BackgroundLoads(3, SOON), []
+    for _ in range(2):
+        for key in range(3):
+            loads.start(key, lambda: threads.append(threading.current_thread()))
+        collect_all(loads, 3)
+        for thread in threads:
+            thread.join(SOON)
+        assert not any(thread.is_alive() for thread in threads)
