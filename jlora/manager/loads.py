@@ -29,6 +29,67 @@ class _Job:
     started: float | None = None
     seconds: float = 0.0
 
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """Says what the function returned or raised."""
+        assert self.started is not None  # it has run
+        self.seconds = time.monotonic() - self.started
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+class _Threads:
+    """Run jobs, one after the other and at most `limit` at once.
+
+    They know nothing of whose jobs they are, which can be let go of while they wait for more.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.queue: deque[_Job] = deque()
+        self.limit, self.busy, self._idle = limit, 0, 0
+        lock = threading.Lock()  # for everything here, and for the jobs
+        self.changed, self._queued = threading.Condition(lock), threading.Condition(lock)
+
+    def hire(self) -> None:
+        """Wakes a thread for what is queued, or starts one; under the lock.
+
+        Starting one waits until it runs, which is 20 ms where others are loading: so threads stay.
+        """
+        self._queued.notify()
+        if len(self.queue) > self._idle and self.busy + self._idle < self.limit:
+            self.busy += 1
+            threading.Thread(target=self._work, name="jlora-load", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                if not self._next():
+                    return
+                job = self.queue.popleft()
+                job.started = time.monotonic()
+            result, error = None, None
+            try:
+                result = job.function()
+            except BaseException as caught:  # whoever collects it decides
+                error = caught
+            with self.changed:
+                if job.future.done():
+                    return  # given up, and somebody else works in its place
+                job.end(result, error)
+                self.changed.notify_all()
+            del job, result, error  # nothing of it is kept while this waits
+
+    def _next(self) -> bool:
+        """Waits for a job; False when none has come for a while, and the thread is to end."""
+        self.busy -= 1
+        if not self.queue:
+            self._idle += 1
+            self._queued.wait(_IDLE_SECONDS)
+            self._idle -= 1
+        self.busy += bool(self.queue)
+        return bool(self.queue)
+
 
 class BackgroundLoads:
     """Runs functions in threads, at most `limit` at once and one for each key.
@@ -43,10 +104,8 @@ class BackgroundLoads:
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         self.limit, self.timeout = limit, timeout
         self._jobs: dict[Hashable, _Job] = {}
-        self._queue: deque[_Job] = deque()
-        self._workers, self._idle = 0, 0
-        lock = threading.Lock()
-        self._changed, self._queued = threading.Condition(lock), threading.Condition(lock)
+        self._threads = _Threads(limit)
+        self._changed = self._threads.changed
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether a job is under way, or finished and not collected."""
@@ -66,46 +125,9 @@ class BackgroundLoads:
             if job is None:
                 job = self._jobs[key] = _Job(function)
                 job.future.set_running_or_notify_cancel()  # who waits for it cannot cancel it
-                self._queue.append(job)
-                self._hire()
+                self._threads.queue.append(job)
+                self._threads.hire()
             return job.future
-
-    def _hire(self) -> None:
-        """Wakes a thread for what is queued, or starts one.
-
-        Starting one waits until it runs, which is 20 ms where others are loading: so threads stay.
-        """
-        self._queued.notify()
-        if len(self._queue) > self._idle and self._workers < self.limit:
-            self._workers += 1
-            threading.Thread(target=self._work, name="jlora-load", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                if not self._queue:
-                    self._idle += 1
-                    self._queued.wait(_IDLE_SECONDS)
-                    self._idle -= 1
-                if not self._queue:
-                    self._workers -= 1
-                    return
-                job = self._queue.popleft()
-                job.started = time.monotonic()
-            result, error = None, None
-            try:
-                result = job.function()
-            except BaseException as caught:  # whoever collects it decides
-                error = caught
-            with self._changed:
-                if job.future.done():
-                    return  # given up, and somebody else works in its place
-                job.seconds = time.monotonic() - job.started
-                if error is not None:
-                    job.future.set_exception(error)
-                else:
-                    job.future.set_result(result)
-                self._changed.notify_all()
 
     def collect(self) -> list[tuple[Hashable, Future, float]]:
         """(key, finished future, seconds that it took) of what has ended since the last time."""
@@ -116,8 +138,8 @@ class BackgroundLoads:
                 if late and not job.future.done():
                     job.seconds = self.timeout
                     job.future.set_exception(LoadTimeout(f"took longer than {self.timeout:g} s"))
-                    self._workers -= 1
-                    self._hire()
+                    self._threads.busy -= 1
+                    self._threads.hire()
             ended = [(key, job) for key, job in self._jobs.items() if job.future.done()]
             for key, _ in ended:
                 del self._jobs[key]

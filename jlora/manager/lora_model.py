@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterError
 from jlora.manager.earlier import EarlierReads
-from jlora.manager.peft import FolderHash, as_array, file_fingerprint, open_adapter
+from jlora.manager.peft import as_array, content_name, file_fingerprint, open_adapter
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.reader import read_parts
 from jlora.manager.requirements import check_reserved, expert_blocks, needs
@@ -137,11 +136,10 @@ class LoRAModel:
             fingerprint = file_fingerprint(folder)
             identity = known[1] if known is not None and known[0] == fingerprint else ""
             try:
-                with nullcontext() if identity else FolderHash(folder) as hashed:
-                    with open_adapter(folder, name, earlier) as (helper, tensors):
-                        source = Source(name, helper, modules, lora_config, base_weight)
-                        lora = cls._from_source(lora_model_id, source, tensors, "")
-                    lora.identity = identity if hashed is None else hashed.name()
+                with open_adapter(folder, name, earlier, hashed=not identity) as (helper, tensors):
+                    source = Source(name, helper, modules, lora_config, base_weight)
+                    lora = cls._from_source(lora_model_id, source, tensors, "")
+                    lora.identity = identity or content_name(folder, tensors)
             except (AdapterError, OSError) as error:
                 if file_fingerprint(folder) != fingerprint:
                     continue  # they were in the midst of a change

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +32,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 # What is taken of a Hub repository besides the weights: the tokeniser may have tokens of its own.
 HUB_FILES = (CONFIG_NAME, *TOKENIZER_FILES)
-_PIECE = 1 << 25  # bytes that are hashed by one thread
-_HASHING = 4  # threads
 
 
 class TensorLike(Protocol):
@@ -122,12 +119,12 @@ def read_config(folder: Path, adapter: str) -> PEFTHelper:
 
 @contextlib.contextmanager
 def open_adapter(
-    folder: Path, adapter: str, earlier: EarlierReads | None = None
+    folder: Path, adapter: str, earlier: EarlierReads | None = None, hashed: bool = False
 ) -> Iterator[tuple[PEFTHelper, Mapping[str, TensorLike]]]:
     """The configuration of an adapter folder and its tensors, to be read inside the context.
 
-    earlier: what other reads have left. What is in an Orbax checkpoint has the names and shapes
-    with which PEFT would have saved it.
+    earlier: what other reads have left. hashed: `content_name` will be asked for. What is in an
+    Orbax checkpoint has the names and shapes with which PEFT would have saved it.
     """
     if is_orbax(folder):
         config, arrays = read_orbax(folder, adapter)
@@ -143,7 +140,7 @@ def open_adapter(
         if not safe.is_file():
             raise AdapterError(f"{adapter}: {folder} has no {WEIGHTS_NAME}")
         try:
-            with SafetensorsFile(safe, earlier or EarlierReads()) as tensors:
+            with SafetensorsFile(safe, earlier or EarlierReads(), hashed) as tensors:
                 yield helper, tensors
         except (SafetensorError, OSError) as error:
             raise AdapterError(
@@ -203,61 +200,22 @@ def file_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class FolderHash:
+def content_name(folder: Path, tensors: Mapping[str, TensorLike]) -> str:
     """Names an adapter by what its files hold, wherever they are and whenever they were written.
 
-    Begins to hash them in threads, of which none is left after the with statement.
+    tensors: of `open_adapter`, which have been read. Raises OSError.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._stopped, self._digest = False, hashlib.sha256()
-        self._pieces: list[Future[list[bytes]]] = []
-        self._executor = ThreadPoolExecutor(_HASHING)
-        for name in _files_read(folder):
-            try:
-                size = (folder / name).stat().st_size
-            except OSError:
-                self._digest.update(f"{name}:absent:".encode())
-                continue
-            self._digest.update(f"{name}:{size}:".encode())
-            count = min(-(-size // _PIECE), _HASHING)
-            self._pieces += [
-                self._executor.submit(self._hash, folder / name, first, count, size)
-                for first in range(count)
-            ]
-
-    def name(self) -> str:
-        """Waits for the hash. Raises OSError for a file that cannot be read."""
-        for pieces in self._pieces:
-            for piece in pieces.result():
-                self._digest.update(piece)
-        return f"files:{self._digest.hexdigest()}"
-
-    def _hash(self, path: Path, first: int, step: int, size: int) -> list[bytes]:
-        """Of the pieces first, first + step ..."""
-        found, buffer = [], bytearray(1 << 20)
-        with path.open("rb", buffering=0) as file:
-            for start in range(first * _PIECE, size, step * _PIECE):
-                digest, left = hashlib.sha256(), _PIECE
-                file.seek(start)
-                while left and not self._stopped:
-                    count = file.readinto(memoryview(buffer)[:left])
-                    if not count:
-                        break
-                    digest.update(memoryview(buffer)[:count])
-                    left -= count
-                if self._stopped:
-                    break
-                found.append(digest.digest())
-        return found
-
-    def __enter__(self) -> FolderHash:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped = True
-        self._executor.shutdown()
-        del self._executor  # now, not when somebody lets go of an error's traceback
+    digest = hashlib.sha256()
+    for name in _files_read(folder):
+        if isinstance(tensors, SafetensorsFile) and name == WEIGHTS_NAME:
+            digest.update(f"{name}:{tensors.digest()}:".encode())
+        elif (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{name}:{found}:".encode())
+        else:
+            digest.update(f"{name}:absent:".encode())
+    return f"files:{digest.hexdigest()}"
 
 
 def as_array(value: Any, key: str, adapter: str) -> np.ndarray:

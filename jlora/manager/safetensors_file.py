@@ -8,10 +8,12 @@ tensors that may be dropped after a look.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +42,7 @@ _KEPT = (
     ".lora_magnitude_vector",
     ".lora_magnitude_vector.weight",
 )
+_PIECE = 1 << 20  # bytes of a file that are held to be hashed
 _LARGEST_HEADER = 1 << 24  # bytes; reading one keeps other threads waiting
 
 
@@ -92,16 +95,21 @@ class FileTensor:
 class SafetensorsFile(Mapping[str, FileTensor]):
     """The tensors of a file, to be read inside its context."""
 
-    def __init__(self, path: Path, earlier: EarlierReads) -> None:
-        """Reads names, shapes and dtypes. Raises SafetensorError or OSError."""
-        self._earlier, self._path = earlier, path
+    def __init__(self, path: Path, earlier: EarlierReads, hashed: bool = False) -> None:
+        """Reads names, shapes and dtypes. Raises SafetensorError or OSError.
+
+        hashed: `digest` will be asked for.
+        """
+        self._earlier, self._path, self._hashed = earlier, path, hashed
+        self._digests: list[Future[bytes]] = []
         self._raw = path.open("rb", buffering=0)
         try:
             size = int.from_bytes(self._raw.read(8), "little")
             if size > _LARGEST_HEADER:
                 raise SafetensorError(f"its header has {size} bytes, above {_LARGEST_HEADER}")
-            header, whole = self._raw.read(size), os.fstat(self._raw.fileno()).st_size
-            self.layout: Layout = earlier.layout(header, whole, lambda: self._read_layout(header))
+            self._header = self._raw.read(size)
+            self._size = os.fstat(self._raw.fileno()).st_size
+            self.layout: Layout = earlier.layout(self._header, self._size, self._read_layout)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self._raw.close()
             raise SafetensorError("it changes while it is read") from error
@@ -114,13 +122,13 @@ class SafetensorsFile(Mapping[str, FileTensor]):
         """The library's view of the file, which it checks."""
         return safe_open(self._path, "numpy")
 
-    def _read_layout(self, header: bytes) -> Layout:
+    def _read_layout(self) -> Layout:
         """Which tensors there are, and a place for those that share memory."""
         slices = {name: self.checked.get_slice(name) for name in self.checked.keys()}  # noqa: SIM118
         dtypes = {
             name: DTYPES.get(one.get_dtype(), one.get_dtype()) for name, one in slices.items()
         }
-        table, first = json.loads(header), 8 + len(header)
+        table, first = json.loads(self._header), 8 + len(self._header)
         runs: list[tuple[int, int]] = []
         spans: dict[str, slice] = {}
         size = 0
@@ -153,7 +161,25 @@ class SafetensorsFile(Mapping[str, FileTensor]):
                 if not count:
                     raise SafetensorError("it ends before its last tensor does")
                 start, at = start + count, at + count
+        if self._hashed:
+            self._digests = self._earlier.digests(memory)
         return memory
+
+    def digest(self) -> str:
+        """A hash of all that is in the file. What was read of it is hashed as it was read."""
+        digest, at = hashlib.sha256(self._header), 8 + len(self._header)
+        for start, end in (*self.layout.runs, (self._size, self._size)):
+            while at < start:  # tensors with memory of their own
+                piece = os.pread(self._raw.fileno(), min(start - at, _PIECE), at)
+                if not piece:
+                    raise SafetensorError("it ends before its last tensor does")
+                digest.update(piece)
+                at += len(piece)
+            at = end
+        assert self._hashed and self.memory is not None  # reading it begins to hash it
+        for one in self._digests:
+            digest.update(one.result())
+        return digest.hexdigest()
 
     @functools.cached_property
     def bound(self) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any
 from jlora.errors import AdapterError, AdapterInUseError
 from jlora.manager.blocks import Needs
 from jlora.manager.copies import Copies, as_exception
-from jlora.manager.loader import source
+from jlora.manager.loader import same_words, source
 from jlora.manager.loads import BackgroundLoads, LoadTimeout
 from jlora.manager.lora_model import LoRAModel
 from jlora.manager.stats import AdapterState, AdapterStatus, Counters, LoRAStats
@@ -118,7 +118,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             )
         known = self._known(request)
         load = self._loading.get((adapter_id, request.load_inplace))
-        if load is not None and source(load.request) != source(request):
+        if load is not None and not (
+            same_words(request, load.request) or source(load.request) == source(request)
+        ):
             raise AdapterError(
                 f"adapter {request.lora_name!r}: id {adapter_id} stands for "
                 f"{source(load.request)}, which is being loaded, not {source(request)}; use "

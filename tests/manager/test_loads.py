@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 
 import pytest
@@ -294,3 +296,28 @@ def test_threads_that_have_nothing_to_do_end(monkeypatch):
         for thread in threads:
             thread.join(SOON)
         assert not any(thread.is_alive() for thread in threads)
+
+
+def test_nothing_of_a_job_is_kept_while_threads_wait_for_another():
+    class Thing:
+        pass
+
+    loads, thing = BackgroundLoads(2, SOON), Thing()
+    alive = weakref.ref(thing), weakref.ref(loads)
+
+    def use(one=thing):
+        raise ValueError(str(one))
+
+    loads.start("a", lambda one=thing: one)
+    loads.start("b", use)
+    collect_all(loads, 2)
+    gc.disable()
+    try:
+        del thing, use, loads
+        for _ in range(100):
+            if all(one() is None for one in alive):
+                break
+            time.sleep(0.01)
+        assert [one() for one in alive] == [None, None]
+    finally:
+        gc.enable()
