@@ -289,19 +289,26 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 full = self._copies.full
 
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
-        """The adapters of waiting requests that the host can keep beside those it must."""
+        """The adapters of the first waiting requests, for half of what the host can still keep.
+
+        The other half is left to those that nobody waits for now, but soon will: to make room for
+        the last of a long queue, the host would let go of the most popular ones.
+        """
         manager, wanted = self.manager, {}
         held, kept, budget = manager.held, manager.kept, self.lora_config.max_cpu_lora_bytes
-        count, nbytes = len(kept), 0
+        count, nbytes = manager.capacity - len(kept), 0
         if budget is not None:
-            nbytes = sum(one.nbytes for key, one in manager.list_adapters().items() if key in kept)
+            there = manager.list_adapters().items()
+            nbytes = budget - sum(one.nbytes for key, one in there if key in kept)
+        least_count, least_nbytes = count // 2, nbytes // 2
         for request, adapter_id in requests:
             if adapter_id in wanted or adapter_id in held:
                 continue
             if adapter_id not in kept:
-                count += 1
-                nbytes += self._versions[adapter_id].nbytes if budget is not None else 0
-                if count > manager.capacity or (budget is not None and nbytes > budget):
+                count -= 1
+                nbytes -= self._versions[adapter_id].nbytes if budget is not None else 0
+                first = not wanted and count >= 0 and nbytes >= 0
+                if not first and (count < least_count or nbytes < least_nbytes):
                     break
             wanted[adapter_id] = request
         return wanted
