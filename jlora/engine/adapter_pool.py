@@ -252,8 +252,19 @@ class AdapterPool:
 
     def set_tables(self, tables: list[np.ndarray]) -> None:
         """tables: blocks, counts and scales of every row's slots, then the feature table."""
+        together = np.concatenate([table.reshape(-1).view(np.int32) for table in tables])
+
+        def split(together: Array) -> tuple[Array, ...]:
+            ends = np.cumsum([table.size for table in tables])[:-1].tolist()
+            flat = zip(tables, jnp.split(together, ends), strict=True)
+            return tuple(
+                jax.lax.bitcast_convert_type(one.reshape(table.shape), table.dtype)
+                for table, one in flat
+            )
+
+        # One array, as each that goes to a device takes time.
         specs = (WHOLE,) * len(tables)
-        *placed, features = self._run(("tables",), lambda: lambda *same: same, (), specs, *tables)
+        *placed, features = self._run(("tables",), lambda: split, (), specs, together)
         rows = {
             name: dataclasses.replace(row, slots=SlotTable(*placed[3 * at : 3 * at + 3]))
             for at, (name, row) in enumerate(self.state.rows.items())

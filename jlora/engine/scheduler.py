@@ -187,10 +187,11 @@ class Scheduler:
             self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
 
     def _prepare_adapters(self) -> set[int | None]:
-        """Has the adapters of waiting sequences fetched; returns those in use that must end first.
+        """Has the adapters of waiting sequences fetched; returns those that nobody can start with.
 
-        Those are as few as leave room for the first sequences that have been passed often enough,
-        an eighth of the slots at a time: emptying more makes batches small (docs/benchmarks.md).
+        They are on their way, or in use by sequences that must end first. The latter are as few as
+        leave room for the first sequences that have been passed often enough, an eighth of the
+        slots at a time: emptying more makes batches small (docs/benchmarks.md).
         """
         if self.lora is None or not (self.waiting or self.lora.staged):
             return set()
@@ -204,9 +205,10 @@ class Scheduler:
             wanted.append((request, adapter_id))
             if sequence.passes >= limit and not self._has_slot(adapter_id):
                 late[adapter_id] = self.lora.version(adapter_id).needs
-        self.lora.want(wanted)
+        on_their_way = self.lora.want(wanted)
         at_once = max(self.lora.lora_config.max_loras // 8, 1)
-        return set(manager.to_drain(dict(itertools.islice(late.items(), at_once))))
+        first_late = dict(itertools.islice(late.items(), at_once))
+        return {*manager.to_drain(first_late), *on_their_way}
 
     def _bind(self, sequence: Sequence) -> bool:
         """Its request uses the version that acts now, to its end; False when it was so before."""

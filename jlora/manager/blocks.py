@@ -200,13 +200,22 @@ def _runs(matrices: dict[tuple[int, int], np.ndarray]) -> Iterator[_Run]:
 
 def _place(matrices: np.ndarray, places: _Places, into: np.ndarray) -> None:
     """Each matrix at the beginning of its place in the array, zeros after it."""
-    layers, experts = places
     rows, columns = matrices.shape[1:]
-    into[layers, experts, :rows, :columns] = matrices
+    together = matrices.strides[-1] == matrices.itemsize and matrices.dtype == into.dtype
+    if together and columns:
+        _in_pieces(into[..., :rows, :columns])[places] = _in_pieces(matrices)
+    else:
+        into[..., :rows, :columns][places] = matrices
     if rows < into.shape[-2]:
-        into[layers, experts, rows:] = 0
+        into[..., rows:, :][places] = 0
     if columns < into.shape[-1]:
-        into[layers, experts, :rows, columns:] = 0
+        rest = _in_pieces(into[..., :rows, columns:])
+        rest[places] = np.zeros((), rest.dtype)
+
+
+def _in_pieces(array: np.ndarray) -> np.ndarray:
+    """[..., 1]: each row as one piece of memory, which numpy copies up to three times as fast."""
+    return array.view(np.dtype((np.void, array.shape[-1] * array.itemsize)))
 
 
 def _address(matrix: np.ndarray) -> int:

@@ -80,6 +80,11 @@ class Copies(BackgroundLoads):
                 logger.error("could not copy adapter %s to the device: %s", key, error)
                 self.failed[str(key)] = as_exception(error)
 
+    def on_their_way(self, adapter: Adapter) -> bool:
+        """Whether copies of an adapter are missing, and nothing was wrong with them."""
+        missing = self.missing(adapter)
+        return bool(missing) and not any(lora.key in self.failed for lora in missing)
+
     def are_there(self, adapter: Adapter) -> bool:
         """Whether an adapter can be written to the device. Raises what was wrong with a copy."""
         missing = self.missing(adapter)

@@ -137,7 +137,9 @@ class LoRAModel:
             identity = known[1] if known is not None and known[0] == fingerprint else ""
             try:
                 with open_adapter(folder, name, earlier, hashed=not identity) as (helper, tensors):
-                    source = Source(name, helper, modules, lora_config, base_weight)
+                    source = Source(
+                        name, helper, modules, lora_config, base_weight, seen=bool(identity)
+                    )
                     lora = cls._from_source(lora_model_id, source, tensors, "")
                     lora.identity = identity or content_name(folder, tensors)
             except (AdapterError, OSError) as error:

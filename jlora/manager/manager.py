@@ -519,6 +519,7 @@ class LoRAModelManager:
 
 def _sum(needs: Iterable[Mapping[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()
-    for one in needs:
-        total.update(one)
+    for one in needs:  # Counter.update takes ten times as long
+        for name, count in one.items():
+            total[name] += count
     return total

@@ -92,7 +92,8 @@ def by_module(tensors: Mapping[str, TensorLike], adapter: str) -> Modules:
 class Source:
     """What is read, and what it is checked against. adapter: its name, for messages.
 
-    base_weight: a tensor of the base model by its name, as the checkpoint has it.
+    base_weight: a tensor of the base model by its name, as the checkpoint has it. seen: the same
+    files have been read before, so that no number needs to be looked at.
     """
 
     adapter: str
@@ -100,6 +101,7 @@ class Source:
     modules: ModuleMap
     config: LoRAConfig
     base_weight: Callable[[str], np.ndarray] | None = None
+    seen: bool = False
 
     def fail(self, message: str) -> NoReturn:
         """Raises an AdapterError with the adapter's name."""
@@ -133,7 +135,9 @@ class Source:
 
     def read_data(self, key: str, data: TensorLike, scale: float = 1.0) -> np.ndarray:
         """As `read`, of a tensor's name and data."""
-        bound = data.bound if isinstance(data, FileTensor) else None  # of all of the file at once
+        bound = None
+        if isinstance(data, FileTensor) and not self.seen:
+            bound = data.bound  # of all of the file at once
         return self.narrowed(key, np.asarray(data[...]), scale, bound)
 
     def narrowed(
@@ -143,6 +147,13 @@ class Source:
 
         bound: none of their numbers is larger in magnitude; None when that is not known.
         """
+        if not self.seen:
+            self._check_numbers(key, array, scale, bound)
+        return array.astype(np.float32) if array.dtype == np.float64 else array
+
+    def _check_numbers(
+        self, key: str, array: np.ndarray, scale: float, bound: float | None
+    ) -> None:
         limit = largest_held(self.config)
         found = (
             bound if bound is not None and max(bound, bound * scale) <= limit else largest(array)
@@ -153,7 +164,6 @@ class Source:
                 f"tensor {key} holds {found:g}, which times the scale {scale:g} is not a "
                 f"finite {_pool_dtype(self.config)} number (NaN or infinity, or above {limit:g})"
             )
-        return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def chunks(rows: int, row_bytes: int) -> list[slice]:

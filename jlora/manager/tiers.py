@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -265,8 +265,10 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
 
     # -- what waiting and running requests need ----------------------------------------------
 
-    def want(self, requests: Iterable[tuple[LoRARequest, int]]) -> None:
+    def want(self, requests: Sequence[tuple[LoRARequest, int]]) -> set[int]:
         """Prepares the adapters of waiting requests, in the order in which they come.
+
+        Returns those for which `acquire` would have no slot now, as they are on their way.
 
         requests: with the id of the version that they are bound to, or else their own. As many as
         the host can keep are read, and the next few are copied to the device. Those that come first
@@ -287,6 +289,19 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             elif manager.slot_of(adapter_id) is None:
                 self._copies.copy(adapter_id, adapter)
                 full = self._copies.full
+        return self._on_their_way({adapter_id for _, adapter_id in requests})
+
+    def _on_their_way(self, adapter_ids: set[int]) -> set[int]:
+        """Asked once a step, of all: most of a long queue waits for adapters that are not there."""
+        manager, copies, found = self.manager, self._copies, set[int]()
+        for adapter_id in adapter_ids:
+            adapter = manager.get_adapter(adapter_id)
+            if adapter is None:
+                if adapter_id not in self._failures:
+                    found.add(adapter_id)
+            elif manager.slot_of(adapter_id) is None and copies.on_their_way(adapter):
+                found.add(adapter_id)
+        return found
 
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
         """The adapters of the first waiting requests, for half of what the host can still keep.
@@ -294,7 +309,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         The other half is left to those that nobody waits for now, but soon will: to make room for
         the last of a long queue, the host would let go of the most popular ones.
         """
-        manager, wanted = self.manager, {}
+        manager, wanted = self.manager, dict[int, LoRARequest]()
         held, kept, budget = manager.held, manager.kept, self.lora_config.max_cpu_lora_bytes
         count, nbytes = manager.capacity - len(kept), 0
         if budget is not None:

@@ -78,8 +78,8 @@ class FakeLoRA:
     def collect(self) -> None:
         pass
 
-    def want(self, requests) -> None:
-        list(requests)
+    def want(self, requests) -> set[int]:
+        return set()
 
     def bind(self, adapter: int) -> None:
         self.bound[adapter] += 1

@@ -251,7 +251,7 @@ def test_those_that_wait_for_blocks_are_not_read_again_and_again(folders, loads)
     one.start(request(4, folders / "small"))
     loads.clear()
     for _ in range(3):
-        one.want((each, each.lora_int_id) for each in waiting)
+        one.want([(each, each.lora_int_id) for each in waiting])
         while one.busy:
             one.wait(1)
             one.collect()
