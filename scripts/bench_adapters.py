@@ -363,6 +363,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-passes", type=int, default=64, help="simulate: starts past one")
     parser.add_argument("--drains", type=int, default=0, help="simulate: at a time; 0: no limit")
     parser.add_argument("--step-ms", nargs="+", default=STEP_MS.split(), help="simulate: rows:ms")
+    parser.add_argument(
+        "--prompt-ms", type=float, default=0.0, help="simulate: for each token of a prompt"
+    )
     parser.add_argument("--out", help="JSON lines are appended here too")
     args = parser.parse_args()
     engine = set(args.what) - {"simulate"}

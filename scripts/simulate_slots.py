@@ -57,7 +57,7 @@ class Simulation:
     An adapter needs a slot to run; it takes a free one or that of the idle adapter which was used
     longest ago. Who cannot is passed over; after `max_passes` starts behind its back, the slot
     with the fewest running requests starts nobody any more, until it is idle and changes hands.
-    A prompt takes its share of the first step's tokens and no time.
+    A prompt takes its share of the first step's tokens, and `--prompt-ms` of time for each of them.
     """
 
     def __init__(self, args: argparse.Namespace, slots: int, drains: int) -> None:
@@ -87,7 +87,8 @@ class Simulation:
                 for request in started:  # the first ones are shorter, or all would end at once
                     length = next(lengths, args.output)
                     ends.setdefault(step + length - 1, []).append(request.adapter)
-                clock += np.interp(self.running, *step_ms)
+                prompts = len(started) * args.input
+                clock += np.interp(self.running, *step_ms) + prompts * args.prompt_ms
                 if since is not None:
                     tokens += self.running
                     first += [clock - request.came for request in started]
@@ -172,6 +173,7 @@ def simulate(args: argparse.Namespace) -> None:
     pairs = (pair.split(":") for pair in args.step_ms)
     rows, times = map(list, zip(*sorted((float(n), float(ms)) for n, ms in pairs), strict=True))
     names = ("adapters", "zipf", "outstanding", "max_num_seqs", "input", "output", "drains")
+    names += ("prompt_ms", "step_ms")
     tags = {name: getattr(args, name) for name in names}
     every = None
     for slots in (args.adapters, *args.max_loras):

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Seconds after which Python lets another thread run. A load comes back from a hundred numpy calls
-# that let others run, and waits so long each time beside a thread that never waits: with Python's own
-# 5 ms 84 MB took 183 ms to read and 92 to pack, with this 72 and 35; with 0.1 ms no less, but the
-# thread that steps is interrupted more often.
+# that let others run, and waits so long each time beside a thread that never waits: with Python's
+# own 5 ms 84 MB took 183 ms to read and 92 to pack, with this 72 and 35; with 0.1 ms no less, but
+# the thread that steps is interrupted more often.
 _SWITCH_INTERVAL = 5e-4
 _IDLE_SECONDS = 10.0  # for which a thread waits for more to do
 
