@@ -127,6 +127,8 @@ class Clients:
             while not warm or self.tally.ended < count:
                 while len(self.open) < at_once:
                     self.add(next(loras), shape[0], next(lengths, shape[1]))
+                    if len(self.open) == 1:  # while nobody runs adapters are read one by one
+                        self.step()
                 before = self.tally.ended
                 self.step()
                 bar.update(self.tally.ended - before)

@@ -164,7 +164,7 @@ class LLMEngine(AdapterMethods):
 
         An adapter that has not been read yet is read in the background while other requests run,
         and what is wrong with it, or with the request for it, is then the `error` of an output that
-        ends with "abort". While nobody waits or runs it is read at once, if the call may wait.
+        ends with "abort". While nobody runs it is read at once, if the call may wait.
         """
         if not isinstance(request_id, str):
             raise ValueError(f"request_id must be a string, not {request_id!r}")
@@ -183,9 +183,10 @@ class LLMEngine(AdapterMethods):
         )
         if lora_request is None:
             self._queue(arrival, None)
-        elif may_wait and self.scheduler.idle and not len(self._arrivals):
+        elif may_wait and not self.scheduler.running and not len(self._arrivals):
             version = self._read_adapter(lora_request)
-            self._place_now(lora_request.lora_int_id)  # so that it runs in the next step
+            if not self.scheduler.waiting:  # so that it runs in the next step
+                self._place_now(lora_request.lora_int_id)
             self._queue(arrival, version)
         else:
             lora = self._lora_of(lora_request)

@@ -133,7 +133,9 @@ def test_waiting_adapters_are_asked_once_a_step(llm, files, monkeypatch):
     for index in range(20):
         lora = LoRARequest("b", 2, str(files.adapters[1]))
         engine.add_request(f"waits-{index}", tokens(5), greedy(), lora_request=lora)
-    engine.step()
-    assert asked == [1, 2]
+    while 2 not in asked:  # not before its copy is on the device
+        asked.clear()
+        engine.step()
+        assert asked in ([1], [2], [1, 2], [])
     engine.abort_request([f"waits-{index}" for index in range(20)])
     run(engine)
