@@ -261,6 +261,32 @@ def test_those_that_wait_for_blocks_are_not_read_again_and_again(folders, loads)
     assert one.start(waiting[0]) is not None
 
 
+@pytest.mark.parametrize("budget", [False, True])
+def test_a_long_queue_leaves_half_of_the_host_to_others(folders, loads, budget):
+    """What it needs last does not push out what is popular, and nobody waits for just now."""
+    options = {"max_loras": 4, "max_cpu_loras": 8}
+    if budget:
+        one = worker(**options)
+        one.read(request(1, folders / "small"))
+        options |= {"max_cpu_loras": 20, "max_cpu_lora_bytes": 8 * one.manager.host_bytes}
+    one = worker(**options)
+    waiting = [request(adapter_id, folders / "small") for adapter_id in range(11, 21)]
+    for each in waiting:
+        one.read(each)  # the last of them pushes others out, as a queue that builds up
+    for adapter_id in (1, 2, 3, 4):  # idle, in slots
+        one.read(request(adapter_id, folders / "small"))
+        one.start(request(adapter_id, folders / "small"))
+        one.manager.release(adapter_id)
+    loads.clear()
+    for _ in range(3):
+        one.want([(each, each.lora_int_id) for each in waiting])
+        while one.busy:
+            one.wait(1)
+            one.collect()
+    assert {1, 2, 3, 4, 11, 12, 13, 14} == one.list_adapters()
+    assert loads == ["small"] * 4
+
+
 def test_checking_reads_once_even_without_room_on_the_host(folders, loads):
     one = worker(max_loras=1, max_cpu_loras=1)
     one.start(request(1, folders / "small"))
