@@ -319,7 +319,13 @@ class AdapterPool:
             function = make()
             shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
             jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
-            self._executables[key] = jitted.lower(*arguments).compile()
+            described = [
+                jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole)
+                if isinstance(one, np.ndarray)
+                else one
+                for one in arguments
+            ]
+            self._executables[key] = jitted.lower(*described).compile()
         return self._executables[key](*arguments)
 
     def _set_row(self, name: str, **changes: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jlora.config import EngineArgs
 from jlora.engine import memory
 from jlora.engine.adapter_methods import IDLE_SECONDS, AdapterMethods
 from jlora.engine.arrivals import Arrival, Arrivals
+from jlora.engine.collector import spare_collector
 from jlora.engine.device_side import (
     describe,
     make_device_side,
@@ -49,12 +49,13 @@ class LLMEngine(AdapterMethods):
         start = time.perf_counter()
         memory.reserve_fraction(args.gpu_memory_utilization)
         self.args, self.hosts = args, lead(args.host_timeout)
+        self._end_sparing: Callable[[], object] = lambda: None
         with making(self.hosts):
             self._make_device_side(progress)
             self._make_host_side()
             if not args.enforce_eager:
                 self.warm_up(progress)
-                self._spare_collector()
+                self._end_sparing = spare_collector(self)
             for request in args.lora_modules or ():
                 self.add_lora(request)
         logger.info("ready in %.1f s", time.perf_counter() - start)
@@ -119,21 +120,13 @@ class LLMEngine(AdapterMethods):
         self.runner.pool.apply(self.lora.manager)
         jax.block_until_ready(self.runner.pool.state)
 
-    def _spare_collector(self) -> None:
-        """Has Python's garbage collector pass over what there is now, as long as the engine lives.
-
-        Imports and compiling leave a million objects, at which it would look every few hundred
-        adapters, for 0.7 s, in the midst of a step. The engine itself is in no cycle.
-        """
-        gc.collect()
-        gc.freeze()
-        weakref.finalize(self, gc.unfreeze).atexit = False
-
     def shutdown(self) -> None:
         """Ends what other processes do for this engine, which is of no use then.
 
-        It happens by itself when this process ends. With one process it does nothing.
+        It happens by itself when this process ends. The garbage collector again looks at what there
+        was when the engine was made, which it passes over otherwise while the engine lives.
         """
+        self._end_sparing()
         if self.hosts is not None:
             self.hosts.close()
 

@@ -157,6 +157,7 @@ class Scheduler:
     def _admit(self, plan: Plan, budget: int) -> None:
         """Starts waiting sequences in order; one whose adapter is not there lets others pass."""
         passed: list[Sequence] = []
+        failed = len(self.failed)
         not_now = self._prepare_adapters()  # adapters of which nobody starts in this step
         while self.waiting and budget > 0 and self._free_rows:
             sequence = self.waiting.popleft()
@@ -182,7 +183,10 @@ class Scheduler:
             plan.admitted.append(sequence)
             budget -= self._enter(plan, sequence, count)
         self.waiting.extendleft(reversed(passed))
-        nothing_to_wait_for = self.lora is None or not self.lora.busy
+        # Who failed in this step may have been what others were not prepared for.
+        nothing_to_wait_for = len(self.failed) == failed and (
+            self.lora is None or not self.lora.busy
+        )
         if self.waiting and not self.running and not plan.entries and nothing_to_wait_for:
             self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
 

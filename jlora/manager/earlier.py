@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jlora.manager.recycled import RecycledMemory
 
 _KEPT_BYTES = 1 << 23  # of headers; what is found out of one takes about ten times as much
+_KEPT = 256  # files
 _HASHING = 4  # threads
 _PIECE = 1 << 23  # bytes that are hashed in one call, in which other threads run
 
@@ -26,19 +28,26 @@ class EarlierReads:
     def __init__(self) -> None:
         self.memory = RecycledMemory()
         self._hashing = ThreadPoolExecutor(_HASHING, "jlora-hash")
-        self._found: dict[tuple[bytes, int], Any] = {}
+        self._found: dict[tuple[bytes, int], Any] = {}  # used last comes last
+        self._bytes, self._changing = 0, threading.Lock()
 
     def layout(self, header: bytes, size: int, make: Callable[[], Any]) -> Any:
         """What `make` returns for a file of that header and size, perhaps for an earlier one."""
         key = header, size
-        found = self._found.get(key)
-        if found is None:
-            found = make()
-            if len(header) <= _KEPT_BYTES:
-                kept = dict(self._found)
-                while kept and sum(len(one) for one, _ in kept) + len(header) > _KEPT_BYTES:
-                    del kept[next(iter(kept))]
-                self._found = kept | {key: found}  # at once: other threads read it
+        with self._changing:
+            found = self._found.pop(key, None)
+            if found is not None:
+                self._found[key] = found
+                return found
+        found = make()
+        with self._changing:
+            if len(header) <= _KEPT_BYTES and key not in self._found:
+                self._found[key] = found
+                self._bytes += len(header)
+                while self._bytes > _KEPT_BYTES or len(self._found) > _KEPT:
+                    oldest = next(iter(self._found))
+                    self._bytes -= len(oldest[0])
+                    del self._found[oldest]
         return found
 
     def digests(self, memory: np.ndarray) -> list[Future[bytes]]:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,12 +56,18 @@ class _Threads:
     def hire(self) -> None:
         """Wakes a thread for what is queued, or starts one; under the lock.
 
-        Starting one waits until it runs, which is 20 ms where others are loading: so threads stay.
+        Raises RuntimeError when there is none and the system starts no more. Starting one waits
+        until it runs, which is 20 ms where others are loading: so threads stay.
         """
         self._queued.notify()
         if len(self.queue) > self._idle and self.busy + self._idle < self.limit:
             self.busy += 1
-            threading.Thread(target=self._work, name="jlora-load", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="jlora-load", daemon=True).start()
+            except RuntimeError:
+                self.busy -= 1
+                if not self.busy + self._idle:
+                    raise
 
     def _work(self) -> None:
         while True:
@@ -127,7 +134,12 @@ class BackgroundLoads:
                 job = self._jobs[key] = _Job(function)
                 job.future.set_running_or_notify_cancel()  # who waits for it cannot cancel it
                 self._threads.queue.append(job)
-                self._threads.hire()
+                try:
+                    self._threads.hire()
+                except RuntimeError:
+                    self._threads.queue.remove(job)
+                    del self._jobs[key]
+                    raise
             return job.future
 
     def collect(self) -> list[tuple[Hashable, Future, float]]:
@@ -140,7 +152,8 @@ class BackgroundLoads:
                     job.seconds = self.timeout
                     job.future.set_exception(LoadTimeout(f"took longer than {self.timeout:g} s"))
                     self._threads.busy -= 1
-                    self._threads.hire()
+                    with suppress(RuntimeError):  # the next job tries again
+                        self._threads.hire()
             ended = [(key, job) for key, job in self._jobs.items() if job.future.done()]
             for key, _ in ended:
                 del self._jobs[key]

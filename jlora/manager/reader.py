@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -48,13 +49,20 @@ def read_parts(source: Source, tensors: Mapping[str, TensorLike]) -> Parts:
     Of files that hold nothing but low-rank matrices of layers the checks hold for all that have the
     same header and configuration.
     """
-    plans: dict[str, _Plan] = tensors.layout.plans if isinstance(tensors, SafetensorsFile) else {}
-    configuration = repr(source.helper)
+    if not isinstance(tensors, SafetensorsFile):
+        return _read_first(source, tensors)[0]
+    plans: dict[str, _Plan] = tensors.layout.plans
+    configuration = repr(dataclasses.replace(source.helper, base_model_name=None))
     plan = plans.get(configuration)
-    if plan is None:
-        return _read_first(source, tensors, plans, configuration)
-    read = (layer.read(source, tensors) for layer in plan.layers)
-    return Parts({one.module_name: one for one in read}, {}, {}, 0, dict(plan.counts))
+    if plan is not None:
+        read = (layer.read(source, tensors) for layer in plan.layers)
+        return Parts({one.module_name: one for one in read}, {}, {}, 0, dict(plan.counts))
+    parts, plan = _read_first(source, tensors)
+    if plan is not None:
+        plans[configuration] = plan
+        for oldest in list(plans)[:-_PLANS]:
+            plans.pop(oldest, None)  # another thread may have been faster
+    return parts
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,8 @@ class _Plan:
     counts: Counter[str]
 
 
-def _read_first(
-    source: Source, tensors: Mapping[str, TensorLike], plans: dict[str, _Plan], configuration: str
-) -> Parts:
-    """Checks and reads; adds to `plans` what holds for others, too."""
+def _read_first(source: Source, tensors: Mapping[str, TensorLike]) -> tuple[Parts, _Plan | None]:
+    """Checks and reads; also what holds for all files with this header and configuration."""
     modules = by_module(tensors, source.adapter)
     vocabulary = VocabularyReader(source, modules)
     groups = _groups(source, modules)
@@ -91,10 +97,17 @@ def _read_first(
     rows = vocabulary.read()
     biases = {canonical(source, bias.module): source.read(bias) for bias in groups.biases}
     _refuse_combinations(source, loras, rows, biases)
-    only_layers = not (groups.fused or biases or rows or vocabulary.added)
-    if only_layers and not loras.keys() & {EMBED, HEAD} and len(plans) < _PLANS:
-        plans[configuration] = _Plan(layers, groups.counts)
-    return Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
+    parts = Parts(loras, biases, rows, vocabulary.added, dict(groups.counts))
+    only_layers = _only_layers(source, modules) and not groups.fused
+    return parts, _Plan(layers, groups.counts) if only_layers else None
+
+
+def _only_layers(source: Source, modules: Modules) -> bool:
+    """Whether nothing but layers can come of such a file, whatever numbers are in it."""
+    kinds = {kind for tensors in modules.values() for kind in tensors}
+    helper = source.helper
+    vocabulary = modules.keys() & {EMBED, HEAD} or helper.saved_modules or helper.token_ids
+    return kinds <= set(LORA_KINDS) and not vocabulary
 
 
 def _match(source: Source, layers: list[dict[str, Tensor]]) -> list[Layer]:

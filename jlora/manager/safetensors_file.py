@@ -7,7 +7,6 @@ tensors that may be dropped after a look.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -101,7 +100,11 @@ class SafetensorsFile(Mapping[str, FileTensor]):
         hashed: `digest` will be asked for.
         """
         self._earlier, self._path, self._hashed = earlier, path, hashed
-        self._digests: list[Future[bytes]] = []
+        # Not cached properties, which on Python 3.11 keep the threads of other files waiting.
+        self._checked: Any = None
+        self._memory: np.ndarray | None = None
+        self._bound: tuple[float | None] | None = None
+        self._digests: list[Future[bytes]] | None = None
         self._raw = path.open("rb", buffering=0)
         try:
             size = int.from_bytes(self._raw.read(8), "little")
@@ -117,10 +120,12 @@ class SafetensorsFile(Mapping[str, FileTensor]):
             self._raw.close()
             raise
 
-    @functools.cached_property
+    @property
     def checked(self) -> Any:
         """The library's view of the file, which it checks."""
-        return safe_open(self._path, "numpy")
+        if self._checked is None:
+            self._checked = safe_open(self._path, "numpy")
+        return self._checked
 
     def _read_layout(self) -> Layout:
         """Which tensors there are, and a place for those that share memory."""
@@ -151,9 +156,16 @@ class SafetensorsFile(Mapping[str, FileTensor]):
         }
         return Layout(places, runs, size)
 
-    @functools.cached_property
+    @property
     def memory(self) -> np.ndarray:
         """uint8: the tensors that share it, one after the other."""
+        if self._memory is None:
+            self._memory = self._read()
+            if self._hashed:
+                self._digests = self._earlier.digests(self._memory)
+        return self._memory
+
+    def _read(self) -> np.ndarray:
         memory, at = self._earlier.memory.empty(self.layout.size), 0
         for start, end in self.layout.runs:
             while start < end:
@@ -161,12 +173,13 @@ class SafetensorsFile(Mapping[str, FileTensor]):
                 if not count:
                     raise SafetensorError("it ends before its last tensor does")
                 start, at = start + count, at + count
-        if self._hashed:
-            self._digests = self._earlier.digests(memory)
         return memory
 
     def digest(self) -> str:
-        """A hash of all that is in the file. What was read of it is hashed as it was read."""
+        """A hash of all that is in the file. What was read of it is hashed as it was read.
+
+        Begun when that was read, if `hashed` said so.
+        """
         digest, at = hashlib.sha256(self._header), 8 + len(self._header)
         for start, end in (*self.layout.runs, (self._size, self._size)):
             while at < start:  # tensors with memory of their own
@@ -176,17 +189,20 @@ class SafetensorsFile(Mapping[str, FileTensor]):
                 digest.update(piece)
                 at += len(piece)
             at = end
-        assert self._hashed and self.memory is not None  # reading it begins to hash it
-        for one in self._digests:
+        memory = self.memory
+        for one in self._digests or self._earlier.digests(memory):
             digest.update(one.result())
         return digest.hexdigest()
 
-    @functools.cached_property
+    @property
     def bound(self) -> float | None:
         """The largest magnitude in `memory`; None when its tensors differ in dtype."""
-        dtypes = {one.dtype for one in self.layout.tensors.values() if one.span is not None}
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return largest(self.memory.view(dtype)) if isinstance(dtype, np.dtype) else None
+        if self._bound is None:
+            dtypes = {one.dtype for one in self.layout.tensors.values() if one.span is not None}
+            dtype = dtypes.pop() if len(dtypes) == 1 else None
+            found = largest(self.memory.view(dtype)) if isinstance(dtype, np.dtype) else None
+            self._bound = (found,)
+        return self._bound[0]
 
     def __getitem__(self, name: str) -> FileTensor:
         return FileTensor(self, name, self.layout.tensors[name])
@@ -207,5 +223,4 @@ class SafetensorsFile(Mapping[str, FileTensor]):
         traceback: TracebackType | None,
     ) -> None:
         self._raw.close()
-        self.__dict__.pop("memory", None)  # who still has a tensor must not keep it all
-        self.__dict__.pop("checked", None)
+        self._memory = self._checked = None  # who still has a tensor must not keep it all

@@ -306,8 +306,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
     def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
         """The adapters of the first waiting requests, for half of what the host can still keep.
 
-        The other half is left to those that nobody waits for now, but soon will: to make room for
-        the last of a long queue, the host would let go of the most popular ones.
+        And for the free slots. The other half is left to those that nobody waits for now, but soon
+        will: to make room for the last of a long queue, the host would let go of the most popular
+        ones.
         """
         manager, wanted = self.manager, dict[int, LoRARequest]()
         held, kept, budget = manager.held, manager.kept, self.lora_config.max_cpu_lora_bytes
@@ -315,9 +316,12 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         if budget is not None:
             there = manager.list_adapters().items()
             nbytes = budget - sum(one.nbytes for key, one in there if key in kept)
-        least_count, least_nbytes = count // 2, nbytes // 2
+        least_count = min(count // 2, max(count - len(manager.free_slots), 0))
+        least_nbytes = nbytes // 2
         for request, adapter_id in requests:
             if adapter_id in wanted or adapter_id in held:
+                continue
+            if adapter_id in self._failures and manager.get_adapter(adapter_id) is None:
                 continue
             if adapter_id not in kept:
                 count -= 1

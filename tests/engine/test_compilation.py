@@ -15,6 +15,7 @@ import pytest
 
 from jlora import LoRARequest, SamplingParams
 from jlora.engine.adapter_pool import STAGING_DTYPES
+from jlora.engine.collector import spare_collector
 from jlora.engine.runner import ModelRunner
 from tests.engine.tools import make_adapters, make_text_model, small_llm
 from tests.reference import INVOCATION, make_adapter, make_model, special_kinds
@@ -278,4 +279,20 @@ def test_an_engine_is_in_no_cycle_and_the_collector_is_spared_while_it_lives(fol
         assert engine() is None and pool() is None
     finally:
         gc.enable()
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_collector_is_spared_until_the_last_engine_has_ended():
+    class Engine:
+        pass
+
+    one, other = Engine(), Engine()
+    end = spare_collector(one)
+    spare_collector(other)
+    end()
+    end()  # as shutdown, which may be called twice
+    assert gc.get_freeze_count() > 10_000
+    del one
+    assert gc.get_freeze_count() > 10_000
+    del other
     assert gc.get_freeze_count() == 0

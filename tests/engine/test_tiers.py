@@ -15,7 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from jlora import AdapterError, AsyncLLMEngine, LoRARequest
+from jlora import AdapterError, AsyncLLMEngine, LoRARequest, SamplingParams
+from jlora.engine.kv_pages import PageAllocator
+from jlora.engine.scheduler import Scheduler
+from jlora.engine.sequence import RequestState, Sequence
 from jlora.errors import AdapterInUseError
 from jlora.manager import AdapterState, FolderResolver, LoRAModel, TieredLoRAManager
 from jlora.manager.loads import BackgroundLoads
@@ -23,6 +26,7 @@ from tests.engine.fake_device import fake_engine
 from tests.engine.test_engine import answer, greedy, run, tokens
 from tests.engine.test_scheduler import add as add_fake
 from tests.engine.tools import make_adapters, small_llm
+from tests.manager.adapters import MODULES, lora_config, make_tensors, write_adapter
 
 RANKS = (4, 5, 6, 7, 8, 9)
 TIMEOUT, RETRY = 1.0, 0.4  # of the engine `tiers`
@@ -1411,3 +1415,33 @@ def test_files_written_again_with_the_same_content_are_read_once(tiers, folders,
     for _ in range(3):
         tiers.llm_engine.add_lora(one)
     assert len(disk.reads) == before + 1
+
+
+@pytest.mark.parametrize("limits", [{"max_cpu_loras": 2}, {"max_cpu_loras": 8}])
+def test_who_waits_behind_an_adapter_that_fails_is_not_failed_with_it(tmp_path, limits):
+    """Nobody runs, the first adapter is gone from the disk, and the host has little room."""
+    folders = [write_adapter(tmp_path / str(index), make_tensors(seed=index)) for index in range(4)]
+    requests = [LoRARequest(f"a{at}", at + 1, str(one)) for at, one in enumerate(folders)]
+    lora = TieredLoRAManager(MODULES, lora_config(max_loras=1, **limits))
+    for one in requests:
+        lora.load_now([one], onto_host=True)
+    for one in requests[:2]:
+        lora.manager.remove_adapter(one.lora_int_id)  # from the host
+    shutil.rmtree(folders[0])
+    scheduler = Scheduler(PageAllocator(64, 4, False), lora, 4, 64, 64)
+    for index, one in enumerate(requests[:2]):
+        params = SamplingParams(max_tokens=4)
+        state = RequestState(
+            str(index), None, [1, 2, 3], params, one, max_tokens=4, stop_ids=frozenset()
+        )
+        state.arrival = index
+        sequence = Sequence(state, 0, 0, [1, 2, 3], 3, 0, 0, None)
+        state.sequences.append(sequence)
+        scheduler.add(sequence)
+    for _ in range(100):
+        lora.collect()
+        if scheduler.schedule(in_flight=False).entries:
+            break
+        lora.wait(0.05)
+    assert [one.adapter_id for one in scheduler.running] == [2]
+    assert [one.adapter_id for one in scheduler.failed] == [1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import sys
+import threading
 import time
 import tracemalloc
 
@@ -552,3 +554,62 @@ def test_of_headers_only_so_much_is_kept():
     huge = b"x" * (1 << 24)
     earlier.layout(huge, 1, object)
     assert (huge, 1) not in earlier._found and len(earlier._found) == 8
+
+
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["embed_tokens"]}])
+def test_what_one_file_has_of_the_base_another_may_have_changed(tmp_path, config):
+    """A matrix that equals the base's is dropped; in the next file with that header it may not."""
+    targets, vocab = ("q_proj", "v_proj"), MODULES.config.vocab_size
+    base = np.random.default_rng(0).standard_normal((vocab, 24)).astype(np.float32)
+    name, earlier = "base_model.model.model.embed_tokens.weight", EarlierReads()
+    changed, broken = base.copy(), base.copy()
+    changed[[3, 7]] += 1
+    broken[3] = np.nan
+
+    def read(index, matrix, kept):
+        tensors = {**make_tensors(targets, seed=index), name: matrix}
+        folder = tmp_path / str(index)
+        if not folder.exists():
+            write_adapter(folder, tensors, target_modules=list(targets), **config)
+        options = lora_config(max_lora_token_rows=16)
+        return LoRAModel.from_local_checkpoint(
+            folder, 1, MODULES, options, "a", base_weight=lambda _: base, earlier=kept
+        )
+
+    assert not read(0, base, earlier).vocab_rows
+    assert read(1, changed, earlier).vocab_rows["embed_tokens"].ids.tolist() == [3, 7]
+    assert content(read(1, changed, earlier)) == content(read(1, changed, None))
+    with pytest.raises(AdapterError, match="nan"):
+        read(2, broken, earlier)
+
+
+def test_the_base_model_an_adapter_names_makes_no_plan_of_its_own(tmp_path):
+    earlier = EarlierReads()
+    for index in range(12):
+        names = {"base_model_name_or_path": f"some/model-{index}", "lora_alpha": index // 6 + 1}
+        folder = write_adapter(tmp_path / str(index), make_tensors(seed=index), **names)
+        LoRAModel.from_local_checkpoint(folder, 1, MODULES, lora_config(), "a", earlier=earlier)
+    (layout,) = earlier._found.values()
+    assert len(layout.plans) == 2
+
+
+def test_a_file_that_hangs_does_not_keep_others_waiting(tmp_path, monkeypatch):
+    slow, fast = (write_adapter(tmp_path / name, make_tensors()) for name in ("slow", "fast"))
+    real, reads, go_on = os.preadv, [], threading.Event()
+
+    def read(number, *arguments):
+        reads.append(number)
+        if len(reads) == 1:
+            go_on.wait(20)
+        return real(number, *arguments)
+
+    monkeypatch.setattr(os, "preadv", read)
+    thread = threading.Thread(target=load, args=(slow,))
+    thread.start()
+    while not reads:
+        time.sleep(0.001)
+    load(fast)
+    assert thread.is_alive()
+    go_on.set()
+    thread.join(20)
+    assert len(reads) == 2

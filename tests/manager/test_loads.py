@@ -321,3 +321,18 @@ def test_nothing_of_a_job_is_kept_while_threads_wait_for_another():
         assert [one() for one in alive] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_thread_that_cannot_be_started_takes_nobodys_place(monkeypatch):
+    loads = BackgroundLoads(1, SOON)
+
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as no_threads:
+        no_threads.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            loads.start("a", lambda: 1)
+    assert len(loads) == 0
+    loads.start("b", lambda: 2)
+    assert results(loads, 1) == {"b": 2}
