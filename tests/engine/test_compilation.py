@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jlora import LoRARequest, SamplingParams
+from jlora.engine import collector
 from jlora.engine.adapter_pool import STAGING_DTYPES
-from jlora.engine.collector import spare_collector
 from jlora.engine.runner import ModelRunner
 from tests.engine.tools import make_adapters, make_text_model, small_llm
 from tests.reference import INVOCATION, make_adapter, make_model, special_kinds
@@ -265,10 +265,17 @@ def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, words,
     assert calls.count(("b",)) == 2
 
 
+@pytest.fixture
+def no_other_engine(monkeypatch):
+    """As if none had spared the collector: other tests' engines may live on."""
+    monkeypatch.setattr(collector, "_sparing", 0)
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("no_other_engine")
 def test_an_engine_is_in_no_cycle_and_the_collector_is_spared_while_it_lives(folder):
-    before = gc.get_freeze_count()
     llm = small_llm(folder / "model", enforce_eager=False)
-    assert gc.get_freeze_count() > before + 10_000
+    assert gc.get_freeze_count() > 10_000
     adapter = LoRARequest("a", 1, str(folder / "adapter-4"))
     llm.generate(["the quick"], SamplingParams(max_tokens=2), lora_request=adapter, use_tqdm=False)
     engine = weakref.ref(llm.llm_engine)
@@ -282,13 +289,14 @@ def test_an_engine_is_in_no_cycle_and_the_collector_is_spared_while_it_lives(fol
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.usefixtures("no_other_engine")
 def test_the_collector_is_spared_until_the_last_engine_has_ended():
     class Engine:
         pass
 
     one, other = Engine(), Engine()
-    end = spare_collector(one)
-    spare_collector(other)
+    end = collector.spare_collector(one)
+    collector.spare_collector(other)
     end()
     end()  # as shutdown, which may be called twice
     assert gc.get_freeze_count() > 10_000
