@@ -122,7 +122,8 @@ class VocabularyReader:
             "token_adapter.base_layer": rows,
             "original_module": saved,
             "modules_to_save": saved,
-            "weight": saved or not (self._adapted(module) or rows),
+            # PEFT puts the matrix of a targeted module under another name, and drops this one.
+            "weight": saved or not (self._adapted(module) or self.helper.targets(module) or rows),
         }[kind]
         if not fits:
             self.source.fail(

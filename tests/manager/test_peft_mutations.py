@@ -132,3 +132,15 @@ def test_the_same_as_pefts_or_refused(name, data, tmp_path):
     assert sum(lora.tensor_counts.values()) == len(changed)
     ours = logits(applied(llama(tied, bias=True), lora))
     np.testing.assert_allclose(ours, pefts(tmp_path, tied), atol=3e-5, rtol=1e-4)
+
+
+def test_a_matrix_of_a_targeted_module_that_has_no_adapter_is_refused(tmp_path):
+    """PEFT makes an adapter that changes nothing, and drops a matrix that is not under it."""
+    folder, tensors = original("vocabulary")
+    name = f"{PREFIX}model.embed_tokens"
+    changed = {key: one for key, one in tensors.items() if not key.startswith(name)}
+    changed[f"{name}.weight"] = tensors[f"{PREFIX}lm_head.weight"]
+    (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    save_file(changed, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight does not fit"):
+        read(tmp_path, modules_of(False, bias=True), llama(False, bias=True))
