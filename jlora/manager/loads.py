@@ -57,7 +57,7 @@ class _Threads:
         """Wakes a thread for what is queued, or starts one; under the lock.
 
         Raises RuntimeError when there is none and the system starts no more. Starting one waits
-        until it runs, which is 20 ms where others are loading: so threads stay.
+        until it runs, which was 1.3 ms where others load: so threads stay.
         """
         self._queued.notify()
         if len(self.queue) > self._idle and self.busy + self._idle < self.limit:

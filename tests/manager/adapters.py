@@ -124,15 +124,19 @@ def device_state(manager) -> tuple:
 class WaitingLoRAManager(TieredLoRAManager):
     """Waits for what the engine would come back to."""
 
+    def settle(self) -> None:
+        """Until nothing is on its way."""
+        while self.busy:
+            self.wait(1)
+            self.collect()
+
     def read(self, request: LoRARequest) -> AdapterVersion:
         """As a request that arrives."""
         self.known(request)
         self.load_now([request])
         if self.manager.get_adapter(request.lora_int_id) is None:
             self.want([(request, request.lora_int_id)])
-        while self.busy:
-            self.wait(1)
-            self.collect()
+        self.settle()
         return self.version(request.lora_int_id)
 
     def start(self, request: LoRARequest) -> int | None:

@@ -252,9 +252,7 @@ def test_those_that_wait_for_blocks_are_not_read_again_and_again(folders, loads)
     loads.clear()
     for _ in range(3):
         one.want([(each, each.lora_int_id) for each in waiting])
-        while one.busy:
-            one.wait(1)
-            one.collect()
+        one.settle()
         assert [one.acquire(each, each.lora_int_id) for each in waiting] == [None, None]
     assert loads == ["big"]  # that of the first
     one.manager.release(1)
@@ -280,9 +278,7 @@ def test_a_long_queue_leaves_half_of_the_host_to_others(folders, loads, budget):
     loads.clear()
     for _ in range(3):
         one.want([(each, each.lora_int_id) for each in waiting])
-        while one.busy:
-            one.wait(1)
-            one.collect()
+        one.settle()
     assert {1, 2, 3, 4, 11, 12, 13, 14} == one.list_adapters()
     assert loads == ["small"] * 4
 
