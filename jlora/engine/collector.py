@@ -13,8 +13,8 @@ def spare_collector(engine: object) -> Callable[[], object]:
     """Has the collector pass over what there is now, until no engine that asked for it is left.
 
     Imports and compiling leave a million objects, at which it would look from time to time in the
-    midst of a step (0.4 s for half a million on a CPU). What is in a cycle now is not freed meanwhile, so
-    the engine must be in none. Returns what ends it before the engine does.
+    midst of a step (0.4 s for half a million on a CPU). What is in a cycle now is not freed
+    meanwhile, so the engine must be in none. Returns what ends it before the engine does.
     """
     global _sparing
     gc.collect()

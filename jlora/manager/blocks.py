@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -151,36 +152,52 @@ def block_arrays(
     )
     each = len(packed), len(packed[0])
     scales = np.ones((*each, len(row.parts)), np.float32)
-    absent: list[tuple[int, int, int]] = []
-    every_a: list[tuple[int, _Run]] = []
-    every_b: list[tuple[slice, _Run]] = []
+    parts: list[_Part] = []
     for part in range(len(row.parts)):
-        there: dict[tuple[int, int], LoRALayerWeights] = {}
-        for place in np.ndindex(each):
-            weights = packed[place[0]][place[1]].parts[part]
-            if weights is None:
-                absent.append((*place, part))
-            else:
-                there[place], scales[(*place, part)] = weights, weights.scaling
-        columns = slice(starts[part], starts[part + 1])
-        every_a += [(part, run) for run in _runs({at: one.lora_a for at, one in there.items()})]
-        every_b += [(columns, run) for run in _runs({at: one.lora_b for at, one in there.items()})]
+        weights = {at: packed[at[0]][at[1]].parts[part] for at in np.ndindex(each)}
+        there = {at: one for at, one in weights.items() if one is not None}
+        for at, one in there.items():
+            scales[(*at, part)] = one.scaling
+        parts.append(_Part.of(there, absent=[at for at in weights if at not in there]))
     moves = shards > 1 or row.stored_width(1) > starts[-1]
     for index in indices:
         ranks = slice(index * rank, (index + 1) * rank)
         a = empty((*each, len(row.parts), rank, row.d_in), dtype)
         b = empty((*each, int(starts[-1]), rank), dtype)
-        for at, expert, part in absent:
-            a[at, expert, part] = b[at, expert, starts[part] : starts[part + 1]] = 0
-        for part, (places, matrices) in every_a:
-            _place(matrices[:, ranks], places, a[:, :, part])
-        for columns, (places, matrices) in every_b:
-            _place(matrices[:, :, ranks], places, b[:, :, columns])
+        for part, gathered in enumerate(parts):
+            gathered.fill(a[:, :, part], b[:, :, starts[part] : starts[part + 1]], ranks)
         yield a, b[:, :, row.columns(shards)] if moves else b, scales
 
 
 _Places = tuple[np.ndarray, np.ndarray]  # layers and experts
 _Run = tuple[_Places, np.ndarray]  # and the matrices of them all
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where the A and B of a projection's part are in memory, and which layers have none."""
+
+    absent: list[tuple[int, int]]
+    a: list[_Run]
+    b: list[_Run]
+
+    @classmethod
+    def of(
+        cls, layers: dict[tuple[int, int], LoRALayerWeights], absent: list[tuple[int, int]]
+    ) -> _Part:
+        """layers, absent: by layer and expert."""
+        each_a = {at: one.lora_a for at, one in layers.items()}
+        each_b = {at: one.lora_b for at, one in layers.items()}
+        return cls(absent, list(_runs(each_a)), list(_runs(each_b)))
+
+    def fill(self, a: np.ndarray, b: np.ndarray, ranks: slice) -> None:
+        """Fills a block: a [layers, experts, rank, d_in], b [layers, experts, d_out, rank]."""
+        for place in self.absent:
+            a[place] = b[place] = 0
+        for places, matrices in self.a:
+            _place(matrices[:, ranks], places, a)
+        for places, matrices in self.b:
+            _place(matrices[:, :, ranks], places, b)
 
 
 def _runs(matrices: dict[tuple[int, int], np.ndarray]) -> Iterator[_Run]:
