@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora.manager.recycled import RecycledMemory
 
-_KEPT_BYTES = 1 << 23  # of headers; what is found out of one takes about ten times as much
+_KEPT_BYTES = 1 << 23  # of headers; with what is found out of one it is five times as much
 _KEPT = 256  # files
 _HASHING = 4  # threads
 _PIECE = 1 << 23  # bytes that are hashed in one call, in which other threads run
