@@ -7,9 +7,10 @@
 zipf: `--outstanding` requests are always in the engine, and the adapter that is k-th in popularity
 is asked for with a probability of 1/k^zipf. resident: as zipf, but among the most popular adapters
 that fit on the device, which are there before it begins: what zipf is to be compared with. cliff:
-16 requests at a time for one of a few adapters, fewer and more than there are slots. load: steps
-while an adapter comes in that nobody has asked for, and other steps. simulate: a scheduler for
-which loads are free, without an engine: how much too few slots cost by themselves.
+16 requests at a time for one of a few adapters, fewer and more than there are slots. load: steps of
+others while newcomers' adapters come in that nobody has asked for, and while newcomers' adapters
+are there. simulate: a scheduler for which loads are free, without an engine: how much too few slots
+cost by themselves.
 
 Only two adapters of each rank are written. All others are folders of symbolic links to those, so
 their files are in the page cache after the first reads, and no figure here holds the time of a
@@ -198,7 +199,7 @@ class Bench:
             "pool_blocks": pool,
             "device": jax.devices()[0].device_kind,
         }
-        self.steady_answer = args.loads * LOAD_EVERY + LOAD_SPARE_STEPS + 100
+        self.steady_answer = 2 * args.loads * LOAD_EVERY + LOAD_SPARE_STEPS + 100
         longest = max(*CLIFF_SHAPE, args.output, self.steady_answer if spare else 0) + args.input
         options = {"kernel_implementation": args.kernels} if args.kernels else {}
         start = time.perf_counter()
@@ -283,7 +284,12 @@ class Bench:
             self.say(what="cliff", wanted=wanted, **found)
 
     def load(self) -> None:
-        """Step times with and without a load; also with a newcomer whose adapter is there."""
+        """Step times while newcomers come, whose adapters must come or are there, in turn.
+
+        load: steps in which an adapter was on its way. resident: the other steps in the turn of a
+        newcomer whose adapter is there. quiet: those of them without a newcomer. A newcomer's
+        prompt makes a step longer wherever its adapter is, so load is to be compared with resident.
+        """
         clients, args = self.clients, self.args
         others = self.loras[: min(8, self.slots // 2)]
         clients.touch(others, "load, adapters of the others")
@@ -293,27 +299,32 @@ class Bench:
             clients.add(lora, args.input, self.steady_answer)
         while any(added is not None for added in clients.open.values()):
             clients.step()
-        clients.add(others[0] if others else None, LOAD_INPUT, 1)  # compiles, with --eager
+        resident = "resident", others[0] if others else None
+        clients.add(resident[1], LOAD_INPUT, 1)  # compiles, with --eager
         for _ in range(LOAD_EVERY):
             clients.step()
         clients.tally = Tally()
         steps: dict[str, list[float]] = {"load": [], "resident": [], "quiet": []}
         first: dict[str, list[float]] = {"load": [], "resident": []}
         coming: dict[str, str] = {}  # newcomers, and whether they need a load
-        spare, total = iter(self.spare), len(self.spare) * LOAD_EVERY
+        turns = [(kind, lora) for new in self.spare for kind, lora in (("load", new), resident)]
         last = time.perf_counter()
-        for i in tqdm(range(total + LOAD_SPARE_STEPS), desc="load, steps", leave=False):
-            if i < total and i % LOAD_EVERY == 0:
-                coming[clients.add(next(spare), LOAD_INPUT, 1)] = "load"
-            elif i < total and i % LOAD_EVERY == LOAD_EVERY // 2:
-                coming[clients.add(others[0] if others else None, LOAD_INPUT, 1)] = "resident"
-            elif i >= total and not coming:
+        for i in tqdm(range(len(turns) * LOAD_EVERY + LOAD_SPARE_STEPS), desc="load", leave=False):
+            turn, step = divmod(i, LOAD_EVERY)
+            if turn < len(turns) and step == 0:
+                kind, lora = turns[turn]
+                coming[clients.add(lora, LOAD_INPUT, 1)] = kind
+            elif turn >= len(turns) and not coming:
                 break
-            kind = min(coming.values(), default="quiet")  # "load" before "resident"
+            kinds = set(coming.values())
             clients.step()
             now = time.perf_counter()
-            steps[kind].append(now - last)
-            last = now
+            seconds, last = now - last, now
+            if "load" in kinds:
+                steps["load"].append(seconds)
+            elif turn < len(turns) and turns[turn][0] == "resident":
+                steps["resident"].append(seconds)
+                steps["quiet"] += [] if kinds else [seconds]
             for name in [name for name in coming if name not in clients.open]:
                 kind = coming.pop(name)
                 if name in clients.tally.first:  # else it failed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,13 @@ from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
 from jlora.engine.hosts import Leader, agreed, staging, working
-from jlora.engine.pool_functions import part_of, replace_block, replace_magnitudes
+from jlora.engine.pool_functions import (
+    joined,
+    part_of,
+    parted,
+    replace_blocks,
+    replace_magnitudes,
+)
 from jlora.engine.pool_layout import (
     MATRIX,
     WHOLE,
@@ -24,7 +31,13 @@ from jlora.engine.pool_layout import (
     pool_layout,
     staged_specs,
 )
-from jlora.engine.staging import StagedAdapter, StagingBuffers
+from jlora.engine.staging import (
+    PlacedBlock,
+    StagedAdapter,
+    StagedBlock,
+    StagingBuffers,
+    pinned_memory,
+)
 from jlora.kernels import SlotTable
 from jlora.manager import (
     BlockArrays,
@@ -54,6 +67,11 @@ from jlora.projections import HEAD, Feature, ModuleMap, Projection
 STAGING_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
+def _kind(row: Projection) -> tuple[bool, bool]:
+    """Rows of a kind have blocks for the same layers."""
+    return row.per_layer, row.experts > 0
+
+
 class AdapterPool:
     """Allocates the pool and writes into it; `state` is what a step reads."""
 
@@ -77,7 +95,12 @@ class AdapterPool:
         self._model, self._base_weight = model, base_weight
         self._version, self._hosts = -1, hosts
         self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
+        self._pinned = pinned_memory(mesh)
         self._executables: dict[tuple, jax.stages.Compiled] = {}
+        kinds = defaultdict[tuple, list[str]](list)
+        for row in pool_rows(modules, config):
+            kinds[_kind(row)].append(row.name)
+        self._together = [tuple(names) for names in kinds.values()]  # rows that one call writes
         layout = pool_layout(modules, config, dtype, self._shards)
         self.specs: AdapterState = jax.tree.map(lambda held: held.spec, layout)
         self.state: AdapterState = jax.tree.map(self._filled, layout)
@@ -99,16 +122,15 @@ class AdapterPool:
 
     def compile(self) -> None:
         """Compiles the writes by writing zeros, while no adapter is there."""
-        for row in pool_rows(self._modules, self._config):
-            layers = 1 if row.experts or not row.per_layer else self._modules.num_layers
-            each = (layers, row.experts or 1)
-            a = (*each, len(row.parts), LORA_BLOCK_RANK, row.d_in)
-            b = (*each, row.stored_width(self._shards), LORA_BLOCK_RANK)
-            scales = np.ones((*each, len(row.parts)), np.float32)
-            a_in, b_in = staged_specs(self.specs.rows[row.name])
-            for dtype in STAGING_DTYPES:
-                zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
-                self.write_block(row, 0, 0, *zeros, scales)
+        for dtype in STAGING_DTYPES:
+            zeros = {
+                row.name: PlacedBlock(row, 0, 0, *self._empty_block(row, dtype))
+                for row in pool_rows(self._modules, self._config)
+            }
+            for names in dict.fromkeys([*self._together, *((name,) for name in zeros)]):
+                self.write_blocks([zeros[name] for name in names])
+            if dtype == self._dtype:
+                self._reserve(zeros.values())
         for row in feature_rows(self._modules, self._config):
             pool, width = self.state.rows[row.name], row.stored_width(self._shards)
             layers = self._modules.num_layers if row.per_layer else 1
@@ -123,12 +145,28 @@ class AdapterPool:
         for name, full in self.state.full.items():
             self._write_matrix(name, 0, np.zeros(full.shape[1:], self._dtype))
 
+    def _reserve(self, blocks: Collection[PlacedBlock]) -> None:
+        """Memory for as many adapters as are staged at a time, of the pool's dtype."""
+        self._buffers = [StagingBuffers(self._pinned) for _ in range(self._config.max_staged_loras)]
+        for buffers in self._buffers:
+            for block in blocks:
+                for array in (block.a, block.b):
+                    buffers.reserve(array.shape, array.dtype)
+
+    def _empty_block(self, row: Projection, dtype: np.dtype) -> StagedBlock:
+        layers = 1 if row.experts or not row.per_layer else self._modules.num_layers
+        each = (layers, row.experts or 1)
+        a = np.zeros((*each, len(row.parts), LORA_BLOCK_RANK, row.d_in), dtype)
+        b = np.zeros((*each, row.stored_width(self._shards), LORA_BLOCK_RANK), dtype)
+        a_in, b_in = staged_specs(self.specs.rows[row.name])
+        return self._put(a, a_in), self._put(b, b_in), np.ones(a.shape[:3], np.float32)
+
     def stage(self, lora: LoRAModel) -> StagedAdapter:
         """Packs an adapter and sends its blocks to the device; for any thread, at any time."""
         try:
             buffers = self._buffers.pop()
         except IndexError:
-            buffers = StagingBuffers()
+            buffers = StagingBuffers(self._pinned)
         needs = blocks_needed(lora, self._modules)
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
         with staging(self._hosts) as staged:
@@ -174,7 +212,7 @@ class AdapterPool:
 
     def send_block(
         self, row: Projection, arrays: Sequence[np.ndarray], buffers: StagingBuffers
-    ) -> tuple[Array, Array, np.ndarray]:
+    ) -> StagedBlock:
         """A block's a and b on their way to the devices of this host, and its scales."""
         a, b, scales = arrays
         a_in, b_in = staged_specs(self.specs.rows[row.name])
@@ -214,10 +252,13 @@ class AdapterPool:
         writes: list[Write],
         staged: MutableMapping[str, StagedAdapter],
     ) -> None:
-        buffers = StagingBuffers()
+        buffers, together = StagingBuffers(), defaultdict[tuple, list[BlockWrite]](list)
         for write in writes:
             if isinstance(write, BlockWrite):
-                self._apply_block(write, staged.get(write.lora.key), buffers)
+                place = write.lora.key, write.first_rank, write.layer, _kind(write.projection)
+                together[place].append(write)
+        for blocks in together.values():
+            self._apply_blocks(blocks, staged.get(blocks[0].lora.key), buffers)
         buffers.wait()  # what was sent takes device memory until then
         if manager.version != self._version:
             # Copies: the transfer may read them after the manager has gone on.
@@ -231,16 +272,21 @@ class AdapterPool:
             if isinstance(write, FeatureWrite):  # magnitudes read blocks and slot tables
                 self._apply_feature(write, staged.get(write.lora.key))
 
-    def _apply_block(
-        self, write: BlockWrite, staged: StagedAdapter | None, buffers: StagingBuffers
+    def _apply_blocks(
+        self, writes: list[BlockWrite], staged: StagedAdapter | None, buffers: StagingBuffers
     ) -> None:
-        name, layer = write.name, write.layer or 0
-        if staged is None or name not in staged.blocks:
-            with staging(self._hosts) as staged:
-                arrays = write.arrays(self._shards, buffers.empty)  # which waits for earlier ones
-                self._stage_block(write, arrays, staged, buffers)
-        with agreed(self._hosts, "block", [staged.number, *name, layer, write.block], []):
-            self.write_block(write.projection, layer, write.block, *staged.blocks[name])
+        """writes: of one adapter, in different rows."""
+        places, blocks = [], []
+        for write in writes:
+            name, layer, there = write.name, write.layer or 0, staged
+            if there is None or name not in there.blocks:
+                with staging(self._hosts) as there:
+                    arrays = write.arrays(self._shards, buffers.empty)  # waits for earlier ones
+                    self._stage_block(write, arrays, there, buffers)
+            places.append([there.number, *name, layer, write.block])
+            blocks.append(PlacedBlock(write.projection, layer, write.block, *there.blocks[name]))
+        with agreed(self._hosts, "blocks", places, []):
+            self.write_blocks(blocks)
 
     def _apply_feature(self, write: FeatureWrite, staged: StagedAdapter | None) -> None:
         name = write.name
@@ -252,19 +298,11 @@ class AdapterPool:
 
     def set_tables(self, tables: list[np.ndarray]) -> None:
         """tables: blocks, counts and scales of every row's slots, then the feature table."""
-        together = np.concatenate([table.reshape(-1).view(np.int32) for table in tables])
-
-        def split(together: Array) -> tuple[Array, ...]:
-            ends = np.cumsum([table.size for table in tables])[:-1].tolist()
-            flat = zip(tables, jnp.split(together, ends), strict=True)
-            return tuple(
-                jax.lax.bitcast_convert_type(one.reshape(table.shape), table.dtype)
-                for table, one in flat
-            )
-
-        # One array, as each that goes to a device takes time.
-        specs = (WHOLE,) * len(tables)
-        *placed, features = self._run(("tables",), lambda: split, (), specs, together)
+        like = [jax.ShapeDtypeStruct(table.shape, table.dtype) for table in tables]
+        specs = [WHOLE] * len(tables)
+        *placed, features = self._run(
+            ("tables",), lambda: functools.partial(parted, like=like), (), specs, joined(tables)
+        )
         rows = {
             name: dataclasses.replace(row, slots=SlotTable(*placed[3 * at : 3 * at + 3]))
             for at, (name, row) in enumerate(self.state.rows.items())
@@ -319,12 +357,14 @@ class AdapterPool:
             function = make()
             shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
             jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
-            described = [
-                jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole)
-                if isinstance(one, np.ndarray)
-                else one
-                for one in arguments
-            ]
+            described = jax.tree.map(
+                lambda one: (
+                    jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole)
+                    if isinstance(one, np.ndarray)
+                    else one
+                ),
+                arguments,
+            )
             self._executables[key] = jitted.lower(*described).compile()
         return self._executables[key](*arguments)
 
@@ -337,24 +377,41 @@ class AdapterPool:
         every = (*pool_rows(self._modules, self._config), *self._modules.vocab_projections)
         return next(row for row in every if row.name == name)
 
-    def write_block(
-        self, row: Projection, layer: int, block: int, a: Array, b: Array, scales: np.ndarray
-    ) -> None:
-        """a, b, scales: as `send_block` gives them; block is counted without experts."""
-        pool = self.state.rows[row.name]
-        new_a, new_b = self._run(
-            ("block", row.name, a.dtype),
-            lambda: functools.partial(replace_block, part_of=part_of(row, self._shards)),
-            (0, 1),
-            (self.specs.rows[row.name].a, self.specs.rows[row.name].b),
-            pool.a,
-            pool.b,
-            np.array([layer, block * (row.experts or 1)], np.int32),
-            scales,
-            a,
-            b,
+    def write_blocks(self, blocks: Sequence[PlacedBlock]) -> None:
+        """Writes blocks into different rows: in one call when they are all rows of their kind.
+
+        Each call that writes takes most of a millisecond of a step.
+        """
+        names = tuple(one.row.name for one in blocks)
+        dtypes = {one.a.dtype for one in blocks}
+        if len(blocks) > 1 and (len(dtypes) > 1 or names not in self._together):
+            for one in blocks:
+                self.write_blocks([one])
+            return
+        small = []
+        for one in blocks:
+            small += [
+                np.array([one.layer, one.block * (one.row.experts or 1)], np.int32),
+                one.scales,
+            ]
+        pools = [self.state.rows[name] for name in names]
+        specs = [self.specs.rows[name] for name in names]
+        written = self._run(
+            ("blocks", names, *dtypes),
+            lambda: functools.partial(
+                replace_blocks, part_of=[part_of(one.row, self._shards) for one in blocks]
+            ),
+            (0,),
+            [(one.a, one.b) for one in specs],
+            [(one.a, one.b) for one in pools],
+            joined(small),
+            [(one.a, one.b) for one in blocks],
         )
-        self._set_row(row.name, a=new_a, b=new_b)
+        rows = {
+            name: dataclasses.replace(pool, a=a, b=b)
+            for name, pool, (a, b) in zip(names, pools, written, strict=True)
+        }
+        self.state = dataclasses.replace(self.state, rows=self.state.rows | rows)
 
     def _write_biases(self, row: Projection, slot: int, values: np.ndarray) -> None:
         """values: float32 [layers, stored width]."""

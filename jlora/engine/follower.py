@@ -16,7 +16,7 @@ from jlora.engine.channel import Message
 from jlora.engine.device_side import describe, make_device_side, read_model_config, told_limits
 from jlora.engine.hosts import Follower
 from jlora.engine.runner import ModelRunner
-from jlora.engine.staging import StagedAdapter, StagingBuffers
+from jlora.engine.staging import PlacedBlock, StagedAdapter, StagingBuffers
 from jlora.engine.state import unshortened
 from jlora.projections import Feature
 
@@ -72,9 +72,14 @@ class _Following:
             return runner.admit(unshortened(arrays[1:], runner.config.history), arrays[0])
         assert pool is not None and arrivals is not None  # the first process has a pool, too
         match op, arguments:
-            case "block", (number, name, first_rank, only, layer, block):
-                staged = arrivals.adapters[number].blocks[name, first_rank, only]
-                pool.write_block(pool.row(name), layer, block, *staged)
+            case "blocks", places:
+                there = arrivals.adapters
+                pool.write_blocks(
+                    [
+                        PlacedBlock(pool.row(name), layer, block, *there[number].blocks[name, *at])
+                        for number, name, *at, layer, block in places
+                    ]
+                )
             case "tables", ():
                 pool.set_tables(arrays)
             case "feature", (number, feature, name, at):

@@ -303,15 +303,16 @@ class LLMEngine(AdapterMethods):
         if result is None:
             return
         tokens, logprobs, prompt_logprobs = result.read()
+        drawn = [] if tokens is None else tokens.tolist()
         first = 0
         for index, entry in enumerate(result.entries):
             sequence = entry.sequence
             if not sequence.finished:
                 if prompt_logprobs is not None:
                     record_prompt_logprobs(entry, prompt_logprobs, first)
-                if entry.sample and tokens is not None:
+                if entry.sample and drawn:
                     sequence.in_flight -= 1
-                    self._append(sequence, int(tokens[index]), logprobs, index)
+                    self._append(sequence, drawn[index], logprobs, index)
                     changed[sequence.request.request_id] = sequence.request
             first += entry.count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from typing import Any
@@ -10,7 +9,13 @@ from typing import Any
 from jlora.engine.sampler import TokenLogprobs
 from jlora.engine.scheduler import Entry
 from jlora.engine.sequence import RequestState, Sequence
-from jlora.request import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
+from jlora.request import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+)
 
 Reason = tuple[str, int | str | None]
 
@@ -91,8 +96,7 @@ def request_output(request: RequestState) -> RequestOutput | None:
         return None
     if finished:
         request.metrics.finished_time = time.time()
-    sequences = [sequence for sequence in request.sequences if not sequence.reported_end]
-    completions = [_completion(sequence, kind) for sequence in sequences]
+    completions = [_completion(one, kind) for one in request.sequences if not one.reported_end]
     if kind is RequestOutputKind.DELTA:
         completions = [one for one in completions if one.token_ids or one.text or one.finished()]
     if not completions:
@@ -105,7 +109,7 @@ def request_output(request: RequestState) -> RequestOutput | None:
         completions,
         finished,
         request.lora_request,
-        dataclasses.replace(request.metrics),
+        RequestMetrics(**vars(request.metrics)),
         request.num_cached_tokens,
         kind,
         request.error,
@@ -114,18 +118,18 @@ def request_output(request: RequestState) -> RequestOutput | None:
 
 def _completion(sequence: Sequence, kind: RequestOutputKind) -> CompletionOutput:
     params, start, start_text = sequence.request.params, 0, 0
-    text, tokens = sequence.text, sequence.output_tokens
-    if sequence.detokenizer is not None and not sequence.finished:
+    text, finished = sequence.text, sequence.finished
+    if sequence.detokenizer is not None and not finished:
         text = text[: sequence.detokenizer.safe_length]
     if kind is RequestOutputKind.DELTA:
         start, start_text = sequence.reported, sequence.reported_text
-        sequence.reported = len(tokens)
+        sequence.reported = len(sequence.tokens) - sequence.num_prompt
         sequence.reported_text = max(len(text), start_text)
-        sequence.reported_end = sequence.finished
+        sequence.reported_end = finished
     return CompletionOutput(
         sequence.index,
         text[start_text:],
-        tokens[start:],
+        sequence.tokens[sequence.num_prompt + start :],
         sequence.cumulative_logprob if params.logprobs is not None else None,
         sequence.logprobs[start:] if params.logprobs is not None else None,
         sequence.finish_reason,

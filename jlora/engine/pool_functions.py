@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,20 +58,58 @@ def part_of(row: Projection, shards: int) -> np.ndarray:
     return part_of_column[row.columns(shards)].astype(np.int32)
 
 
-def replace_block(
+def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Small arrays of int32 and float32 as one of int32: each that goes to a device takes time."""
+    return np.concatenate([one.reshape(-1).view(np.int32) for one in arrays])
+
+
+def parted(joined: Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """The opposite of `joined`, on the device. like: the shapes and dtypes of the arrays."""
+    ends = np.cumsum([one.size for one in like])[:-1].tolist()
+    return [
+        jax.lax.bitcast_convert_type(part.reshape(one.shape), one.dtype)
+        for part, one in zip(jnp.split(joined, ends), like, strict=True)
+    ]
+
+
+Matrices = tuple[Array, Array]  # A and B, of a row's pool or of a block on its way there
+
+
+def replace_blocks(
+    pools: Sequence[Matrices],
+    small: Array,
+    new: Sequence[Matrices],
+    *,
+    part_of: Sequence[np.ndarray],
+) -> list[Matrices]:
+    """The pools of some rows, each with one block replaced by the new one.
+
+    small: joined, for each row: the first layer and the block (of the first expert), int32, and
+    the scales, float32 [layers, experts, parts]. part_of: of each row, see `part_of`.
+    """
+    like = []
+    for a, _ in new:
+        like += [jax.ShapeDtypeStruct((2,), jnp.int32)]
+        like += [jax.ShapeDtypeStruct(a.shape[:3], jnp.float32)]
+    told = parted(small, like)
+    each = zip(pools, told[::2], told[1::2], new, part_of, strict=True)
+    return [
+        _replace_block(*pool, at, scales, *block, part) for pool, at, scales, block, part in each
+    ]
+
+
+def _replace_block(
     a: Array,
     b: Array,
     at: Array,
     scales: Array,
     new_a: Array,
     new_b: Array,
-    *,
     part_of: np.ndarray,
-) -> tuple[Array, Array]:
+) -> Matrices:
     """a and b with one block replaced; the scale goes into B, in float32 before the cast.
 
-    at: the first layer, and the block (of the first expert). new_a [layers, experts, parts, rank,
-    d_in], new_b [layers, experts, d_out, rank], scales [layers, experts, parts]. The a of
+    new_a [layers, experts, parts, rank, d_in], new_b [layers, experts, d_out, rank]. The a of
     embed_tokens is [blocks, vocabulary, rank].
     """
     first: tuple[Any, ...] = (at[0], at[1], 0, 0, 0)

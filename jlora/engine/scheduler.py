@@ -16,7 +16,7 @@ from jlora.request import LoRARequest
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Entry:
     """A sequence's share of a step: positions `start : start + count`."""
 
@@ -43,7 +43,8 @@ class Scheduler:
     """Sequences that wait and run. First come, first served; the last to come is preempted.
 
     A sequence whose adapter is not on the device lets others pass, but only so many of them: then
-    adapters in use start nobody else until it has a slot.
+    adapters in use start nobody else until it has a slot. While others run, a step either writes an
+    adapter or starts with it: both together would be long (docs/benchmarks.md).
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Scheduler:
         may be empty.
         """
         outgrown = [sequence for sequence in self.running if self._outgrown(sequence)]
-        if in_flight and (outgrown or self._pages_wanted() > self.pages.num_free):
+        if in_flight and (outgrown or self._lacks_pages()):
             return None
         for sequence in outgrown:
             sequence.rope_length = sequence.length
@@ -104,9 +105,9 @@ class Scheduler:
             index += 1
         if budget > 0 and self.num_preemptions == preemptions:  # else they would come right back
             self._admit(plan, budget)
-        for entry in plan.entries:
-            if entry.sequence.adapter_id is not None and self.lora is not None:
-                self.lora.manager.touch(entry.sequence.adapter_id)
+        for adapter_id in dict.fromkeys(entry.sequence.adapter_id for entry in plan.entries):
+            if adapter_id is not None and self.lora is not None:
+                self.lora.manager.touch(adapter_id)
         plan.entries.sort(key=lambda entry: entry.sequence.slot)  # fewer tiles in the kernels
         return plan
 
@@ -117,14 +118,18 @@ class Scheduler:
 
     def _runnable(self, sequence: Sequence) -> int:
         """Tokens that could run now; 0 for a sequence that only waits for its last token."""
-        enough = sequence.num_output >= sequence.request.max_tokens
-        if sequence.in_flight and (enough or sequence.length >= self.max_model_len):
-            return 0
-        return sequence.length - sequence.num_computed
+        length = sequence.length
+        last = min(sequence.num_prompt + sequence.request.max_tokens, self.max_model_len)
+        return 0 if sequence.in_flight and length >= last else length - sequence.num_computed
 
     def _new_pages(self, sequence: Sequence, count: int) -> int:
         size = self.pages.page_size
         return -(-(sequence.num_computed + count) // size) - len(sequence.pages)
+
+    def _lacks_pages(self) -> bool:
+        """Whether the running sequences want more pages than are free."""
+        most = len(self.running) + self.max_tokens // self.pages.page_size
+        return most > self.pages.num_free and self._pages_wanted() > self.pages.num_free
 
     def _pages_wanted(self) -> int:
         budget, wanted = self.max_tokens, 0
@@ -157,26 +162,27 @@ class Scheduler:
     def _admit(self, plan: Plan, budget: int) -> None:
         """Starts waiting sequences in order; one whose adapter is not there lets others pass."""
         passed: list[Sequence] = []
-        failed = len(self.failed)
+        failed, others_run = len(self.failed), bool(plan.entries)
         not_now = self._prepare_adapters()  # adapters of which nobody starts in this step
         while self.waiting and budget > 0 and self._free_rows:
             sequence = self.waiting.popleft()
             adapter = sequence.adapter_id
-            resident = self._has_slot(adapter)
-            if adapter in not_now or not self._acquire_slot(sequence):
+            has_slot = sequence.slot >= 0 or (
+                adapter not in not_now and self._acquire_slot(sequence)
+            )
+            if not has_slot or (others_run and not self._is_written(adapter)):
                 if not sequence.finished:
                     passed.append(sequence)
                     not_now.add(adapter)
                 continue
-            first = self._bind(sequence)
             count = self._start(sequence, budget)
             if count == 0:  # no pages: nobody behind it may take them
-                if first:
-                    self._unbind(sequence.request)
                 self._release_slot(sequence)
+                if sequence.request.metrics.first_scheduled_time is None:
+                    self._unbind(sequence.request)
                 self.waiting.appendleft(sequence)
                 break
-            self._note_start(sequence, resident)
+            self._note_start(sequence)
             for other in passed:
                 other.passes += 1
             self.running.append(sequence)
@@ -214,14 +220,11 @@ class Scheduler:
         first_late = dict(itertools.islice(late.items(), at_once))
         return {*manager.to_drain(first_late), *on_their_way}
 
-    def _bind(self, sequence: Sequence) -> bool:
-        """Its request uses the version that acts now, to its end; False when it was so before."""
-        request, adapter_id = sequence.request, sequence.adapter_id
-        if adapter_id is None or request.adapter_identity or self.lora is None:
-            return False
-        request.adapter_identity = self.lora.version(adapter_id).identity
-        self.lora.manager.bind(adapter_id)
-        return True
+    def _bind(self, request: RequestState, adapter_id: int) -> None:
+        """The request uses the version that acts now, to its end."""
+        if not request.adapter_identity and self.lora is not None:
+            request.adapter_identity = self.lora.version(adapter_id).identity
+            self.lora.manager.bind(adapter_id)
 
     def _unbind(self, request: RequestState) -> None:
         """Lets go of the version that the request has begun with, if it has."""
@@ -234,10 +237,16 @@ class Scheduler:
             return False
         return self.lora.manager.slot_of(adapter_id) is not None
 
-    def _note_start(self, sequence: Sequence, resident: bool) -> None:
+    def _is_written(self, adapter_id: int | None) -> bool:
+        """Whether nothing has to be written before a sequence starts with an adapter in a slot."""
+        if adapter_id is None or self.lora is None:
+            return True
+        return self.lora.manager.is_written(adapter_id)
+
+    def _note_start(self, sequence: Sequence) -> None:
         metrics, lora_request = sequence.request.metrics, sequence.lora_request
         if lora_request is not None and self.lora is not None:
-            self.lora.counters.started(resident)
+            self.lora.counters.started(sequence.found_slot)
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = time.time()
             if lora_request is not None and self.lora is not None:
@@ -248,6 +257,7 @@ class Scheduler:
         request, adapter_id = sequence.lora_request, sequence.adapter_id
         if request is None or adapter_id is None or self.lora is None:
             return True
+        sequence.found_slot = self._has_slot(adapter_id)
         try:
             slot = self.lora.acquire(request, adapter_id)
         except Exception as error:  # of any kind: the others must go on
@@ -262,6 +272,7 @@ class Scheduler:
             self._release_slot(sequence)
             self._fail(sequence, "its adapter has become one with other tokens while it waited")
             return False
+        self._bind(sequence.request, adapter_id)
         return True
 
     def _release_slot(self, sequence: Sequence) -> None:
@@ -322,11 +333,15 @@ class Scheduler:
         logger.error("request %s failed: %s", sequence.request.request_id, reason)
 
     def abandon(self, plan: Plan, reason: str) -> None:
-        """A plan could not be run: ends its sequences, and forgets what its pages should hold."""
-        for entry in plan.entries:
-            if not entry.sequence.finished:
-                self.remove(entry.sequence)  # first: who fails lets go of its adapter's version
-                self._fail(entry.sequence, reason)
+        """A plan could not be run: ends its sequences, and forgets what its pages should hold.
+
+        And those whose adapters were to be written.
+        """
+        written_for = [sequence for sequence in self.waiting if sequence.slot >= 0]
+        for sequence in [*(entry.sequence for entry in plan.entries), *written_for]:
+            if not sequence.finished:
+                self.remove(sequence)  # first: who fails lets go of its adapter's version
+                self._fail(sequence, reason)
         self.pages.reset()
 
     def remove(self, sequence: Sequence) -> None:
@@ -335,5 +350,6 @@ class Scheduler:
             self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._release_slot(sequence)
         if sequence.request.finished:
             self._unbind(sequence.request)

@@ -52,6 +52,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)
     row: int = -1
     slot: int = -1
+    found_slot: bool = False  # its adapter had a slot when its turn came
     passes: int = 0  # sequences that have started before it while it waited for a slot
     logprobs: Logprobs = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -81,11 +82,6 @@ class Sequence:
     def length(self) -> int:
         """Tokens, those in flight included."""
         return len(self.tokens) + self.in_flight
-
-    @property
-    def output_tokens(self) -> list[int]:
-        """Known tokens of the answer."""
-        return self.tokens[self.num_prompt :]
 
     @property
     def num_output(self) -> int:
@@ -143,4 +139,4 @@ class RequestState:
     @property
     def finished(self) -> bool:
         """Whether every answer is complete."""
-        return all(sequence.finished for sequence in self.sequences)
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)

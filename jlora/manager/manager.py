@@ -75,6 +75,7 @@ class LoRAModelManager:
         }
         self.features = no_features(self.lora_slots)
         self._writes: list[Write] = []
+        self._unwritten_slots: set[int] = set()
         self.version = 0  # changes whenever slot_maps or features do
 
     # -- what is there --------------------------------------------------------------------
@@ -423,6 +424,7 @@ class LoRAModelManager:
                 blocks += own
                 scales += [weight] * len(own)
             slot_map.set(slot, blocks, scales)
+        self._unwritten_slots.add(slot)
         self.features[slot] = self.features[-1]
         if isinstance(adapter, LoRAModel):
             mine = self._resident[adapter.key].blocks
@@ -456,6 +458,7 @@ class LoRAModelManager:
             slot_map.set(slot, [])
         self.features[slot] = self.features[-1]
         self._free_slots.add(slot)
+        self._unwritten_slots.discard(slot)
         self._writes = [write for write in self._writes if write.lora not in gone]
         self.version += 1
         return True
@@ -499,11 +502,17 @@ class LoRAModelManager:
     def take_writes(self) -> list[Write]:
         """What to write before the next step, in this order, once."""
         writes, self._writes = self._writes, []
+        self._unwritten_slots.clear()
         return writes
 
     def put_back(self, writes: list[Write]) -> None:
         """They were taken, and not all could be written: they are due again."""
         self._writes = writes + self._writes
+        self._unwritten_slots.update(self._listed)  # which of them could be is not known
+
+    def is_written(self, adapter_id: int) -> bool:
+        """Whether the writes have been taken of an adapter that has a slot."""
+        return self._slots[adapter_id] not in self._unwritten_slots
 
     def vacate_unwritten(self) -> None:
         """Takes the adapters that wait to be written out of their slots, but for held ones.

@@ -54,6 +54,7 @@ class FakeLoRA:
     def __init__(self, slots: int) -> None:
         self.max_slots, self.slots = slots, OrderedDict()
         self.users, self.manager = Counter(), self
+        self.unwritten: set[int] = set()
         self.bound: Counter[int] = Counter()
         self.counters, self.staged = Counters(), {}
         self.lora_config = SimpleNamespace(max_lora_passes=64, max_loras=slots)
@@ -113,8 +114,13 @@ class FakeLoRA:
                 del self.slots[unused]
             free = set(range(self.max_slots)) - set(self.slots.values())
             self.slots[adapter] = min(free)
+            self.unwritten.add(adapter)
         self.users[adapter] += 1
         return self.slots[adapter]
+
+    def is_written(self, adapter: int) -> bool:
+        assert adapter in self.slots
+        return adapter not in self.unwritten
 
     def release(self, adapter: int) -> None:
         assert self.users[adapter] > 0
@@ -140,6 +146,7 @@ class FakeRunner:
 
     def dispatch(self, plan: Plan, variant: str, prompt_logprobs: bool) -> SimpleNamespace:
         self.plans.append(plan)
+        self.lora.unwritten.clear()
         assert 0 < plan.num_tokens <= self.max_tokens
         adapters = {adapter_of(entry.sequence.request.lora_request) for entry in plan.entries}
         assert len(adapters - {0}) <= self.slots

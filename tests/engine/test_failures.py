@@ -51,6 +51,36 @@ def test_a_step_loop_ends_after_a_failed_step(llm, monkeypatch):
     assert outputs["b"].finish_reason == "length"
 
 
+def test_a_write_that_fails_ends_those_that_wait_for_it(llm, files, monkeypatch):
+    """And the step's; what comes after finds everything free."""
+    engine, lora = llm.llm_engine, adapter(files, 0)
+    engine.remove_lora(lora.lora_int_id)
+    engine.add_lora(lora)
+    engine.lora.manager.deactivate_adapter(lora.lora_int_id)
+    right = answer(llm, tokens(20), greedy(max_tokens=4), lora).outputs[0].token_ids
+    engine.lora.manager.deactivate_adapter(lora.lora_int_id)
+    engine.add_request("runs", tokens(20), greedy(max_tokens=100))
+    engine.step()
+    pool = engine.runner.pool
+    real = pool.write_blocks
+
+    def write_blocks(blocks):
+        monkeypatch.setattr(pool, "write_blocks", real)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pool, "write_blocks", write_blocks)
+    engine.add_request("waits", tokens(20), greedy(max_tokens=4), lora_request=lora)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(engine)
+    assert engine.lora.manager.users(lora.lora_int_id) == 0
+    outputs = {output.request_id: output.outputs[0] for output in run(engine)}
+    assert {one.finish_reason for one in outputs.values()} == {"abort"}
+    assert all("out of memory" in one.stop_reason for one in outputs.values())
+    assert set(outputs) == {"runs", "waits"}
+    again = answer(llm, tokens(20), greedy(max_tokens=4), lora).outputs[0].token_ids
+    assert again == right
+
+
 def test_any_error_while_an_adapter_is_fetched_fails_its_request_only(llm, files, monkeypatch):
     engine = llm.llm_engine
     engine.add_request("bad", tokens(20), greedy(), lora_request=adapter(files, 0))

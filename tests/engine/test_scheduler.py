@@ -162,6 +162,63 @@ def test_adapters_without_a_slot_wait_and_others_pass():
     )
 
 
+def test_beside_others_an_adapter_is_written_a_step_before_it_is_used():
+    engine = fake_engine(EMPTY)
+    for name, adapter in (("a", 1), ("b", 0)):  # nobody runs: both start at once
+        add(engine, name, [0], adapter, max_tokens=8, ignore_eos=True)
+    engine.step()
+    add(engine, "c", [0], 2, max_tokens=2, ignore_eos=True)
+    for held, first, names in ((1, 1, "ab"), (1, 2, "abc")):
+        engine.step()
+        assert {name for name, *_ in counts(engine.runner.plans[-1])} == set(names)
+        assert engine.lora.users[2] == held and len(engine.runner.plans[-1].entries) == 1 + first
+    drain(engine)
+    assert_nothing_is_held(engine)
+
+
+def test_who_waits_for_a_write_is_not_emptied_for_others():
+    """It is in use by a sequence that has not begun, so that nothing else could empty its slot."""
+    engine = fake_engine(EMPTY, slots=1)
+    engine.lora.lora_config.max_lora_passes = 0
+    add(engine, "runs", [0], max_tokens=8, ignore_eos=True)
+    engine.step()
+    for name, adapter in (("first", 1), ("second", 2)):
+        add(engine, name, [0], adapter, max_tokens=1)
+    engine.step()
+    assert engine.lora.users[1] == 1
+    engine.step()
+    assert "first" in {name for name, *_ in counts(engine.runner.plans[-1])}
+    drain(engine)
+    assert_nothing_is_held(engine)
+
+
+def test_aborted_while_its_adapter_is_written():
+    engine = fake_engine(EMPTY)
+    add(engine, "runs", [0], max_tokens=8, ignore_eos=True)
+    engine.step()
+    add(engine, "goes", [0], 1)
+    engine.step()
+    assert engine.lora.users[1] == engine.lora.bound[1] == 1
+    engine.abort_request(["goes"])
+    assert engine.lora.users[1] == engine.lora.bound[1] == 0
+    drain(engine)
+    assert_nothing_is_held(engine)
+
+
+def test_without_pages_an_adapter_that_was_written_is_let_go_again():
+    engine = fake_engine(EMPTY, pages=3, caching=False)
+    add(engine, "runs", [0], max_tokens=5, ignore_eos=True)
+    engine.step()
+    add(engine, "waits", [0] * 4, 1, max_tokens=1)
+    engine.step()
+    assert engine.lora.users[1] == engine.lora.bound[1] == 1
+    engine.step()
+    assert engine.lora.users[1] == engine.lora.bound[1] == 0
+    assert len(engine.scheduler.waiting) == 1
+    drain(engine)
+    assert_nothing_is_held(engine)
+
+
 def test_nobody_waits_for_a_slot_for_ever():
     """Requests for the adapter in the only slot keep coming, two or more at any time."""
     engine, outputs = fake_engine(EMPTY, slots=1), []

@@ -1,27 +1,63 @@
 """Host buffers of writes: filled again only when what was sent has arrived."""
 
+import gc
 import types
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jlora import LoRARequest
-from jlora.engine.staging import StagingBuffers
+from jlora.engine.staging import StagingBuffers, pinned_memory
 from jlora.manager import LRUCacheWorkerLoRAManager
 from tests.engine.tools import make_adapters, make_text_model, small_llm
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def test_sent_arrays_keep_their_values_when_the_buffers_are_filled_again():
-    staging, sent = StagingBuffers(), []
+PINNED = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+
+@pytest.mark.parametrize("pinned", [None, PINNED])
+def test_sent_arrays_keep_their_values_when_the_buffers_are_filled_again(pinned):
+    staging, sent = StagingBuffers(pinned), []
     for value in range(8):
         array = staging.empty((100, 1000), np.float32)
         array[:] = value
         sent.append(staging.send(array, SHARDING))
     for value, array in enumerate(sent):
         assert np.asarray(array).min() == np.asarray(array).max() == value
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_arrays_in_pinned_memory_are_as_others(dtype):
+    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    array = StagingBuffers(PINNED).empty((2, 3, 5), dtype)
+    array[:] = np.arange(30).reshape(2, 3, 5)
+    part = array[1]
+    sent = StagingBuffers(PINNED).send(array, sharding)
+    assert sent.sharding == sharding and sent.dtype == dtype
+    del array  # its memory lives as long as a part of it
+    gc.collect()
+    np.testing.assert_array_equal(np.asarray(sent, np.float32).ravel(), np.arange(30))
+    np.testing.assert_array_equal(np.asarray(part, np.float32).ravel(), np.arange(15, 30))
+
+
+@pytest.mark.parametrize("pinned", [None, PINNED])
+def test_reserved_arrays_are_those_that_are_filled(pinned, monkeypatch):
+    staging, made = StagingBuffers(pinned), []
+    new = StagingBuffers._new
+    monkeypatch.setattr(StagingBuffers, "_new", lambda *kind: made.append(new(*kind)) or made[-1])
+    staging.reserve((4, 4), np.float16)
+    assert len(made) == (0 if pinned is None else 2)
+    asked = [staging.empty((4, 4), np.float16) for _ in range(2)]
+    assert len(made) == 2 and {id(one) for one in asked} == {id(one) for one in made}
+
+
+def test_only_a_single_gpu_has_memory_pinned_for_it():
+    assert pinned_memory(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])) is None
 
 
 class FakeArray:

@@ -339,6 +339,23 @@ def test_writes_of_an_adapter_that_has_left_are_dropped(way):
     assert {write[0] for write in written(one)} == {2}
 
 
+def test_a_slot_is_written_once_its_writes_are_taken():
+    one = manager(1, 2, 3, active=(1, 2))
+    assert not one.is_written(1) and not one.is_written(2)
+    writes = one.take_writes()
+    assert one.is_written(1) and one.is_written(2)
+    new = one.supersede(1)
+    assert one.is_written(new)
+    one.put_back(writes)
+    assert not one.is_written(new) and not one.is_written(2)
+    one.take_writes()
+    one.deactivate_adapter(2)
+    one.activate_adapter(3)
+    assert one.is_written(new) and not one.is_written(3)
+    again = one.supersede(3)
+    assert not one.is_written(again)
+
+
 def test_coming_back_is_written_again():
     one = manager(1, 2, active=(1, 2))
     one.take_writes()
