@@ -52,6 +52,11 @@ def _embedding_as_input(pool: RowPool, weight: Array, vocab: int) -> tuple[RowPo
     return dataclasses.replace(pool, a=a), jnp.where(known[:, None], weight, 0)
 
 
+def layers_of(row: Projection) -> tuple[bool, bool]:
+    """Rows for which this is equal have blocks for the same layers."""
+    return row.per_layer, row.experts > 0
+
+
 def part_of(row: Projection, shards: int) -> np.ndarray:
     """int32 [stored width]: the part of each stored column."""
     part_of_column = np.repeat(np.arange(len(row.parts)), [part.width for part in row.parts])

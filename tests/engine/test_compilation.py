@@ -15,7 +15,7 @@ import pytest
 
 from jlora import LoRARequest, SamplingParams
 from jlora.engine import collector
-from jlora.engine.adapter_pool import STAGING_DTYPES
+from jlora.engine.pool_arrays import STAGING_DTYPES
 from jlora.engine.runner import ModelRunner
 from tests.engine.tools import make_adapters, make_text_model, small_llm
 from tests.reference import INVOCATION, make_adapter, make_model, special_kinds
