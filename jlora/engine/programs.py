@@ -74,11 +74,17 @@ class RunnerConfig:
 
     @property
     def token_buckets(self) -> list[int]:
-        """Token counts that steps are padded to: powers of two from 8, and the largest."""
-        powers = itertools.takewhile(
-            lambda size: size < self.max_num_batched_tokens, (2**n for n in itertools.count(3))
+        """Token counts that steps are padded to: powers of two from 8, and the largest.
+
+        From 256 on also half way between them: there a step takes as long as its tokens are many.
+        """
+        sizes = (
+            size
+            for power in (2**n for n in itertools.count(3))
+            for size in ((power, power * 3 // 2) if power >= 256 else (power,))
         )
-        return [*powers, self.max_num_batched_tokens]
+        smaller = itertools.takewhile(lambda size: size < self.max_num_batched_tokens, sizes)
+        return [*smaller, self.max_num_batched_tokens]
 
     def seq_bucket(self, tokens: int) -> int:
         """Sequences that a step of so many tokens is padded to."""
