@@ -68,12 +68,11 @@ class AdapterPool(PoolArrays):
         It is of the pool's dtype; adapters of another one get theirs when the first of them comes.
         """
         super().compile()
-        buffers = [StagingBuffers(self._pinned) for _ in range(self._config.max_staged_loras)]
+        self._buffers = [StagingBuffers(self._pinned) for _ in range(self._config.max_staged_loras)]
         for row in pool_rows(self._modules, self._config):
-            for array in self._empty_block(row, self._dtype)[:2]:
-                for one in buffers:
-                    one.reserve(array.shape, array.dtype)
-        self._buffers = buffers
+            for shape in self.block_shapes(row):
+                for buffers in self._buffers:
+                    buffers.reserve(shape, self._dtype)
 
     def stage(self, lora: LoRAModel) -> StagedAdapter:
         """Packs an adapter and sends its blocks to the device; for any thread, at any time."""
@@ -83,13 +82,15 @@ class AdapterPool(PoolArrays):
             buffers = StagingBuffers(self._pinned)
         needs = blocks_needed(lora, self._modules)
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
-        with staging(self._hosts) as staged:
-            for row in pool_rows(self._modules, self._config):
-                self._stage_row(lora, row, needs.get(row.name, 0), staged, buffers)
-            for feature in features:
-                self._stage_feature(feature, staged)
-            buffers.wait()
-        self._buffers.append(buffers)
+        try:
+            with staging(self._hosts) as staged:
+                for row in pool_rows(self._modules, self._config):
+                    self._stage_row(lora, row, needs.get(row.name, 0), staged, buffers)
+                for feature in features:
+                    self._stage_feature(feature, staged)
+                buffers.wait()
+        finally:
+            self._buffers.append(buffers)
         return staged
 
     def _full(self, lora: LoRAModel) -> dict[str, int]:
@@ -203,13 +204,14 @@ class AdapterPool(PoolArrays):
         self, writes: list[BlockWrite], staged: StagedAdapter | None, buffers: StagingBuffers
     ) -> None:
         """writes: of one adapter, in different rows."""
-        places, blocks = [], []
+        places, blocks, kept = [], [], []
         for write in writes:
             name, layer, there = write.name, write.layer or 0, staged
             if there is None or name not in there.blocks:
                 with staging(self._hosts) as there:
                     arrays = write.arrays(self._shards, buffers.empty)  # waits for earlier ones
                     self._stage_block(write, arrays, there, buffers)
+            kept.append(there)  # other hosts drop what is let go of here
             places.append([there.number, *name, layer, write.block])
             blocks.append(PlacedBlock(write.projection, layer, write.block, *there.blocks[name]))
         with agreed(self._hosts, "blocks", places, []):

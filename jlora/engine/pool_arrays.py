@@ -109,13 +109,18 @@ class PoolArrays:
         for name, full in self.state.full.items():
             self._write_matrix(name, 0, np.zeros(full.shape[1:], self._dtype))
 
-    def _empty_block(self, row: Projection, dtype: np.dtype) -> StagedBlock:
+    def block_shapes(self, row: Projection) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a and b of a block of a row on its way here, see BlockArrays."""
         layers = 1 if row.experts or not row.per_layer else self._modules.num_layers
         each = (layers, row.experts or 1)
-        a = np.zeros((*each, len(row.parts), LORA_BLOCK_RANK, row.d_in), dtype)
-        b = np.zeros((*each, row.stored_width(self._shards), LORA_BLOCK_RANK), dtype)
+        a = (*each, len(row.parts), LORA_BLOCK_RANK, row.d_in)
+        return a, (*each, row.stored_width(self._shards), LORA_BLOCK_RANK)
+
+    def _empty_block(self, row: Projection, dtype: np.dtype) -> StagedBlock:
+        a, b = self.block_shapes(row)
         a_in, b_in = staged_specs(self.specs.rows[row.name])
-        return self._put(a, a_in), self._put(b, b_in), np.ones(a.shape[:3], np.float32)
+        zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
+        return *zeros, np.ones(a[:3], np.float32)
 
     def _run(
         self,

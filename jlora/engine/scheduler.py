@@ -65,6 +65,7 @@ class Scheduler:
         self.restarts_above = restarts_above
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._next: list[Sequence] = []  # wait, and begin once their adapters have been written
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.failed: list[Sequence] = []  # finished here with an error, to be reported
         self.num_preemptions = 0
@@ -162,24 +163,33 @@ class Scheduler:
     def _admit(self, plan: Plan, budget: int) -> None:
         """Starts waiting sequences in order; one whose adapter is not there lets others pass."""
         passed: list[Sequence] = []
+        held: list[Sequence] = []  # their adapters are written in this step
         failed, others_run = len(self.failed), bool(plan.entries)
+        self._take_slots_again()
         not_now = self._prepare_adapters()  # adapters of which nobody starts in this step
-        while self.waiting and budget > 0 and self._free_rows:
+        while self.waiting and budget > 0 and len(self._free_rows) > len(held):
             sequence = self.waiting.popleft()
             adapter = sequence.adapter_id
-            has_slot = sequence.slot >= 0 or (
-                adapter not in not_now and self._acquire_slot(sequence)
-            )
-            if not has_slot or (others_run and not self._is_written(adapter)):
-                if not sequence.finished:
-                    passed.append(sequence)
-                    not_now.add(adapter)
+            if sequence.slot < 0:
+                sequence.found_slot = self._has_slot(adapter)
+                if adapter in not_now or not self._acquire_slot(sequence):
+                    if not sequence.finished:
+                        passed.append(sequence)
+                        not_now.add(adapter)
+                    continue
+            if others_run and not self._is_written(adapter):
+                held.append(sequence)
+                passed.append(sequence)
+                not_now.add(adapter)
                 continue
+            if not self._is_as_checked(sequence):
+                continue
+            first = self._bind(sequence)
             count = self._start(sequence, budget)
             if count == 0:  # no pages: nobody behind it may take them
-                self._release_slot(sequence)
-                if sequence.request.metrics.first_scheduled_time is None:
+                if first:
                     self._unbind(sequence.request)
+                self._release_slot(sequence)
                 self.waiting.appendleft(sequence)
                 break
             self._note_start(sequence)
@@ -189,6 +199,7 @@ class Scheduler:
             plan.admitted.append(sequence)
             budget -= self._enter(plan, sequence, count)
         self.waiting.extendleft(reversed(passed))
+        self._let_slots_go(held)
         # Who failed in this step may have been what others were not prepared for.
         nothing_to_wait_for = len(self.failed) == failed and (
             self.lora is None or not self.lora.busy
@@ -220,11 +231,28 @@ class Scheduler:
         first_late = dict(itertools.islice(late.items(), at_once))
         return {*manager.to_drain(first_late), *on_their_way}
 
-    def _bind(self, request: RequestState, adapter_id: int) -> None:
-        """The request uses the version that acts now, to its end."""
-        if not request.adapter_identity and self.lora is not None:
-            request.adapter_identity = self.lora.version(adapter_id).identity
-            self.lora.manager.bind(adapter_id)
+    def _take_slots_again(self) -> None:
+        """For those whose adapters have been written, and still have a slot."""
+        self._next = [one for one in self._next if one.status is Status.WAITING]
+        for sequence in self._next:
+            if self._has_slot(sequence.adapter_id):
+                self._acquire_slot(sequence)
+
+    def _let_slots_go(self, held: list[Sequence]) -> None:
+        """Until the next step: who has not begun keeps nobody from replacing an adapter."""
+        waiting = [one for one in self._next + held if one.status is Status.WAITING]
+        self._next = list(dict.fromkeys(one for one in waiting if one.slot >= 0))
+        for sequence in self._next:
+            self._release_slot(sequence)
+
+    def _bind(self, sequence: Sequence) -> bool:
+        """Its request uses the version that acts now, to its end; False when it was so before."""
+        request, adapter_id = sequence.request, sequence.adapter_id
+        if adapter_id is None or request.adapter_identity or self.lora is None:
+            return False
+        request.adapter_identity = self.lora.version(adapter_id).identity
+        self.lora.manager.bind(adapter_id)
+        return True
 
     def _unbind(self, request: RequestState) -> None:
         """Lets go of the version that the request has begun with, if it has."""
@@ -257,7 +285,6 @@ class Scheduler:
         request, adapter_id = sequence.lora_request, sequence.adapter_id
         if request is None or adapter_id is None or self.lora is None:
             return True
-        sequence.found_slot = self._has_slot(adapter_id)
         try:
             slot = self.lora.acquire(request, adapter_id)
         except Exception as error:  # of any kind: the others must go on
@@ -266,14 +293,21 @@ class Scheduler:
         if slot is None:
             return False
         sequence.slot = slot
-        # Not earlier: its files may have changed while the request waited.
-        checked = sequence.request.adapter_version
-        if checked is not None and not self.lora.version(adapter_id).takes_requests_for(checked):
-            self._release_slot(sequence)
-            self._fail(sequence, "its adapter has become one with other tokens while it waited")
-            return False
-        self._bind(sequence.request, adapter_id)
         return True
+
+    def _is_as_checked(self, sequence: Sequence) -> bool:
+        """Whether its adapter takes the request, which has been checked for an earlier version.
+
+        Not asked earlier: files may change while a request waits. It fails when it does not.
+        """
+        checked, adapter_id = sequence.request.adapter_version, sequence.adapter_id
+        if checked is None or adapter_id is None or self.lora is None:
+            return True
+        if self.lora.version(adapter_id).takes_requests_for(checked):
+            return True
+        self._release_slot(sequence)
+        self._fail(sequence, "its adapter has become one with other tokens while it waited")
+        return False
 
     def _release_slot(self, sequence: Sequence) -> None:
         if sequence.slot >= 0 and sequence.adapter_id is not None and self.lora is not None:
@@ -335,10 +369,14 @@ class Scheduler:
     def abandon(self, plan: Plan, reason: str) -> None:
         """A plan could not be run: ends its sequences, and forgets what its pages should hold.
 
-        And those whose adapters were to be written.
+        And those whose adapters were to be written before they begin.
         """
-        written_for = [sequence for sequence in self.waiting if sequence.slot >= 0]
-        for sequence in [*(entry.sequence for entry in plan.entries), *written_for]:
+        unwritten = [
+            sequence
+            for sequence in self._next
+            if self._has_slot(sequence.adapter_id) and not self._is_written(sequence.adapter_id)
+        ]
+        for sequence in [*(entry.sequence for entry in plan.entries), *unwritten]:
             if not sequence.finished:
                 self.remove(sequence)  # first: who fails lets go of its adapter's version
                 self._fail(sequence, reason)
@@ -350,6 +388,5 @@ class Scheduler:
             self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-            self._release_slot(sequence)
         if sequence.request.finished:
             self._unbind(sequence.request)

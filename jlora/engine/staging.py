@@ -73,16 +73,17 @@ class StagingBuffers:
 
     def reserve(self, shape: tuple[int, ...], dtype: Any) -> None:
         """Has the pinned arrays of a kind made now: the device stands still meanwhile (0.7 s)."""
-        if self._pinned is not None:
-            kind = (shape, np.dtype(dtype))
+        kind = (shape, np.dtype(dtype))
+        if self._pinned is not None and kind not in self._free:
             self._free[kind] = [self._new(shape, dtype) for _ in range(self._each)]
 
     def send(self, array: np.ndarray, sharding: Sharding) -> jax.Array:
         """To the device. The array is not to be touched again, but by who gets it from `empty`."""
-        if isinstance(array, _Pinned):
-            sent = array.to_its_device(sharding)
+        held = getattr(array, "held", None)  # which views and copies have not
+        if held is None:
+            sent = place_on(np.asarray(array), sharding)
         else:
-            sent = place_on(array, sharding)
+            sent = _to_its_device(held, sharding)
         self._sent.append((sent, array))
         return sent
 
@@ -128,11 +129,12 @@ class _Pinned(np.ndarray):
         view.held = held
         return view
 
-    def to_its_device(self, sharding: Sharding) -> jax.Array:
-        """On its way there; sharding: over that device only."""
-        (device,) = self.held.devices()
-        there = jax.device_put(self.held, SingleDeviceSharding(device, memory_kind="device"))
-        return jax.make_array_from_single_device_arrays(self.held.shape, sharding, [there])
+
+def _to_its_device(held: jax.Array, sharding: Sharding) -> jax.Array:
+    """Pinned memory on its way to the device; sharding: over that device only."""
+    (device,) = held.devices()
+    there = jax.device_put(held, SingleDeviceSharding(device, memory_kind="device"))
+    return jax.make_array_from_single_device_arrays(held.shape, sharding, [there])
 
 
 def _kind(array: np.ndarray) -> tuple:

@@ -163,10 +163,13 @@ def block_arrays(
     for index in indices:
         ranks = slice(index * rank, (index + 1) * rank)
         a = empty((*each, len(row.parts), rank, row.d_in), dtype)
-        b = empty((*each, int(starts[-1]), rank), dtype)
+        stored = empty((*each, row.stored_width(shards), rank), dtype)
+        b = np.empty((*each, int(starts[-1]), rank), dtype) if moves else stored
         for part, gathered in enumerate(parts):
             gathered.fill(a[:, :, part], b[:, :, starts[part] : starts[part + 1]], ranks)
-        yield a, b[:, :, row.columns(shards)] if moves else b, scales
+        if moves:
+            stored[:] = b[:, :, row.columns(shards)]
+        yield a, stored, scales
 
 
 _Places = tuple[np.ndarray, np.ndarray]  # layers and experts

@@ -1,17 +1,23 @@
 """Host buffers of writes: filled again only when what was sent has arrived."""
 
+import contextlib
 import gc
+import itertools
 import types
+import weakref
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jlora import LoRARequest
+from jlora import LoRARequest, SamplingParams
+from jlora.engine import adapter_pool
 from jlora.engine.staging import StagingBuffers, pinned_memory
 from jlora.manager import LRUCacheWorkerLoRAManager
+from jlora.projections import HEAD
 from tests.engine.tools import make_adapters, make_text_model, small_llm
+from tests.reference import make_adapter, make_model
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -131,3 +137,70 @@ def test_a_write_that_nobody_has_staged_waits_for_earlier_ones(tmp_path, monkeyp
     assert len(writes) >= 6
     pool.apply(manager.manager)
     assert len(asked) == 2 * len(writes)
+
+
+class FakeLeader:
+    """Of hosts that are not there: notes which adapters they would have dropped, and when."""
+
+    def __init__(self):
+        self.numbers, self.dropped, self.told = itertools.count(), [], []
+
+    def number(self, staged):
+        staged.number = next(self.numbers)
+        weakref.finalize(staged, self.dropped.append, staged.number).atexit = False
+
+    def stage(self, op, arguments, arrays):
+        pass
+
+    def confirm(self, number):
+        pass
+
+    def working(self):
+        return contextlib.nullcontext()
+
+    def agreed(self, op, arguments=(), arrays=()):
+        if op == "blocks":
+            numbers = {number for number, *_ in arguments}
+            self.told.append((numbers, numbers & set(self.dropped)))
+        return contextlib.nullcontext()
+
+
+def test_other_hosts_keep_an_adapter_until_they_have_written_it(tmp_path):
+    make_text_model(tmp_path / "model")
+    adapters = make_adapters(tmp_path / "model", tmp_path, (20,))
+    llm = small_llm(tmp_path / "model", max_lora_rank=32, max_loras=1, max_cpu_loras=1)
+    manager, pool = llm.llm_engine.lora, llm.llm_engine.runner.pool
+    request = LoRARequest("1", 1, str(adapters[0]))
+    LRUCacheWorkerLoRAManager.add_adapter(manager, request)
+    pool._hosts = leader = FakeLeader()
+    pool.apply(manager.manager)
+    assert len(leader.told) == 2  # two blocks of all rows
+    assert all(len(numbers) > 1 and not dropped for numbers, dropped in leader.told)
+
+
+def test_pinned_memory_serves_rows_that_are_padded(tmp_path, monkeypatch):
+    """lm_head, whose 101 columns are 128 on the device; only reserved shapes are asked for."""
+    make_model("llama3", tmp_path / "model")
+    make_adapter(tmp_path / "model", tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    request, prompt = LoRARequest("a", 1, str(tmp_path / "a")), {"prompt_token_ids": [3, 4, 5]}
+    answers, pools = [], []
+    for pinned in (None, PINNED):
+        monkeypatch.setattr(adapter_pool, "pinned_memory", lambda mesh, pinned=pinned: pinned)
+        llm = small_llm(tmp_path / "model", enable_lora_embeddings=True, skip_tokenizer_init=True)
+        pools.append(llm.llm_engine.runner.pool)
+        outputs = llm.generate(
+            [prompt], SamplingParams(temperature=0, max_tokens=5), lora_request=request
+        )
+        answers.append(outputs[0].outputs[0].token_ids)
+    assert answers[0] == answers[1]
+    pool = pools[1]
+    shapes = {shape for row in pool._modules.projections for shape in pool.block_shapes(row)}
+    head = next(row for row in pool._modules.vocab_projections if row.name == HEAD)
+    assert pool.block_shapes(head)[1][2] == 128
+    asked = []
+    real = StagingBuffers.empty
+    monkeypatch.setattr(
+        StagingBuffers, "empty", lambda self, *kind: asked.append(kind[0]) or real(self, *kind)
+    )
+    pool.stage(llm.llm_engine.lora.manager.get_adapter(1))
+    assert set(asked) <= shapes | set(pool.block_shapes(head))

@@ -805,6 +805,27 @@ def test_cold_adapters_on_a_real_device(tiers, folders, monkeypatch, passes):
 # -- reload ------------------------------------------------------------------------------------
 
 
+def test_a_reload_while_a_request_waits_to_begin(files, folders, tmp_path):
+    """Its adapter has a slot and is written; it begins with the new one, when it has pages."""
+    folder = copy_files(folders[0], tmp_path / "live")
+    llm = small_llm(files.model, num_gpu_blocks_override=12, max_num_seqs=4)
+    engine, given = llm.llm_engine, LoRARequest("live", 1, str(folder))
+    engine.add_lora(given, place=False)
+    client = Client(llm)
+    client.add("runs", prompt=tokens(70), count=20)
+    client.until(lambda: client.count("runs") >= 1)
+    client.add("waits", given, tokens(30), count=4)
+    client.until(lambda: engine.lora.manager.slot_of(1) is not None)
+    assert client.count("waits") == 0 and client.count("runs") < 15
+    copy_files(folders[1], folder)
+    assert engine.add_lora(dataclasses.replace(given, load_inplace=True), place=False)
+    client.drain()
+    engine.reset_prefix_cache()
+    other = LoRARequest("other", 2, str(folders[1]))
+    right = answer(llm, tokens(30), greedy(max_tokens=4), other)
+    assert client.tokens("waits") == right.outputs[0].token_ids
+
+
 def test_a_reload_beside_a_running_request(tiers, folders, tmp_path, expected):
     folder, prompt = copy_files(folders[0], tmp_path / "a"), tokens(40)
     given = LoRARequest("a", 1, str(folder))
