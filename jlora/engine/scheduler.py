@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import deque
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 
 from jlora.engine.kv_pages import PageAllocator
 from jlora.engine.sequence import RequestState, Sequence, Status
-from jlora.manager import Needs, TieredLoRAManager
+from jlora.errors import AdapterError, AdapterInUseError
+from jlora.manager import TieredLoRAManager
 from jlora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ class Scheduler:
             self.lora is None or not self.lora.busy
         )
         if self.waiting and not self.running and not plan.entries and nothing_to_wait_for:
-            self._fail(self.waiting.popleft(), "it can get no slot or rank blocks: pinned adapters")
+            reason = "it can get no slot, rank blocks or place on the host: pinned adapters"
+            self._fail(self.waiting.popleft(), reason, AdapterInUseError(reason))
 
     def _prepare_adapters(self) -> set[int | None]:
         """Has the adapters of waiting sequences fetched; returns those that nobody can start with.
@@ -217,7 +218,7 @@ class Scheduler:
         if self.lora is None or not (self.waiting or self.lora.staged):
             return set()
         wanted: list[tuple[LoRARequest, int]] = []
-        late: dict[int, Needs] = {}
+        late: list[int] = []
         limit, manager = self.lora.lora_config.max_lora_passes, self.lora.manager
         for sequence in self.waiting:
             request, adapter_id = sequence.lora_request, sequence.adapter_id
@@ -225,11 +226,17 @@ class Scheduler:
                 continue
             wanted.append((request, adapter_id))
             if sequence.passes >= limit and not self._has_slot(adapter_id):
-                late[adapter_id] = self.lora.version(adapter_id).needs
+                late.append(adapter_id)
         on_their_way = self.lora.want(wanted)
         at_once = max(self.lora.lora_config.max_loras // 8, 1)
-        first_late = dict(itertools.islice(late.items(), at_once))
-        return {*manager.to_drain(first_late), *on_their_way}
+        first = {one: self.lora.version(one) for one in list(dict.fromkeys(late))[:at_once]}
+        needs = {one: version.needs for one, version in first.items()}
+        nbytes = {
+            one: version.nbytes
+            for one, version in first.items()
+            if manager.get_adapter(one) is None
+        }
+        return {*manager.to_drain(needs, nbytes), *on_their_way}
 
     def _take_slots_again(self) -> None:
         """For those whose adapters have been written, and still have a slot."""
@@ -288,7 +295,7 @@ class Scheduler:
         try:
             slot = self.lora.acquire(request, adapter_id)
         except Exception as error:  # of any kind: the others must go on
-            self._fail(sequence, str(error))
+            self._fail(sequence, str(error), error)
             return False
         if slot is None:
             return False
@@ -306,7 +313,8 @@ class Scheduler:
         if self.lora.version(adapter_id).takes_requests_for(checked):
             return True
         self._release_slot(sequence)
-        self._fail(sequence, "its adapter has become one with other tokens while it waited")
+        reason = "its adapter has become one with other tokens while it waited"
+        self._fail(sequence, reason, AdapterError(reason))
         return False
 
     def _release_slot(self, sequence: Sequence) -> None:
@@ -359,8 +367,10 @@ class Scheduler:
         self._release_slot(sequence)
         sequence.pages, sequence.row = [], -1
 
-    def _fail(self, sequence: Sequence, reason: str) -> None:
+    def _fail(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
+        """error: why it could not begin, when it could not."""
         sequence.finish("abort", reason)
+        sequence.request.error = error
         if sequence.request.finished:
             self._unbind(sequence.request)
         self.failed.append(sequence)

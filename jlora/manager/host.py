@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Set
 
@@ -21,6 +22,12 @@ class HostTier:
     def nbytes(self) -> int:
         """Of all tensors."""
         return sum(adapter.nbytes for adapter in self.adapters.values())
+
+    def room(self, kept: Set[int]) -> int:
+        """Bytes for others beside those that are kept; as good as endless without a limit."""
+        if self.budget is None:
+            return sys.maxsize
+        return self.budget - sum(self.adapters[one].nbytes for one in kept)
 
     def victims(self, nbytes: int, kept: Set[int], instead: int | None = None) -> list[int] | None:
         """Who must leave for one more adapter of so many bytes; None if it cannot be.

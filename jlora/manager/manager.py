@@ -41,6 +41,9 @@ class _Resident:
     slots: int = 0
 
 
+_SLOTS, _PLACES, _BYTES = "slots", "places on the host", "bytes on the host"  # beside the pools
+
+
 class LoRAModelManager:
     """Adapters in host memory (least recently used first) and in the slots of the device.
 
@@ -168,9 +171,17 @@ class LoRAModelManager:
         """Whether one more adapter of so many bytes can be added, by eviction if need be."""
         return self._host.victims(nbytes, self.kept) is not None
 
-    def require_host_room(self) -> None:
-        """Raises AdapterInUseError when not even a small adapter could be added."""
-        self._host.require_room(0, self.kept)
+    @property
+    def room_beside_pins(self) -> tuple[int, int]:
+        """Adapters and bytes that the host could take if only what is pinned stayed."""
+        return self.capacity - len(self._pinned), self._host.room(self._pinned)
+
+    def require_host_room(self, nbytes: int = 0, beside_pins: bool = False) -> None:
+        """Raises AdapterInUseError when no adapter of so many bytes could be added.
+
+        beside_pins: not even when nothing else is in use any more.
+        """
+        self._host.require_room(nbytes, self._pinned if beside_pins else self.kept)
 
     def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
         """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""
@@ -315,31 +326,53 @@ class LoRAModelManager:
     def _size(self, name: str) -> int:
         return self.pools[name].num_blocks if name in self.pools else 0
 
-    def to_drain(self, needs: Mapping[int, Needs]) -> set[int]:
-        """Adapters whose sequences must end so that others can be placed: those with the fewest.
+    def to_drain(
+        self, needs: Mapping[int, Needs], nbytes: Mapping[int, int] | None = None
+    ) -> set[int]:
+        """Adapters that may start nobody so that others can be placed: those with the fewest users.
+
+        And those without users that leave the host for one that must be read, which takes time.
 
         needs: of the others, in the order in which they come; those that pins leave no room for
-        count for nothing. Blocks that adapters share are taken to go with the first of them.
+        count for nothing. nbytes: of those of them that are not on the host. Blocks that adapters
+        share are taken to go with the first of them.
         """
-        held, drained = self.held, set[int]()
+        if not needs:
+            return set()
+        held, kept, drained = self.held, self.kept, set[int]()
         busy = sorted(self._users.keys() - self._pinned, key=lambda one: (self._users[one], one))
-        slots = self.lora_slots - len(held)
         together: dict[str, Mapping[str, int]] = {}
-        for adapter_id in held if needs else ():
+        for adapter_id in held:
             together |= self._needs_in(self._slots[adapter_id])
         room = Counter({name: pool.num_blocks for name, pool in self.pools.items()})
         room.subtract(_sum(together.values()))
-        for one in needs.values():
-            wanted = _sum(one.values())
-            while slots < 1 or any(count > room[name] for name, count in wanted.items()):
-                if len(drained) == len(busy):
-                    return drained
-                victim = busy[len(drained)]
-                drained.add(victim)
-                slots += 1
-                room.update(_sum(self._needs_in(self._slots[victim]).values()))
-            slots -= 1
-            room.subtract(wanted)
+        room[_SLOTS] = self.lora_slots - len(held)
+        room[_PLACES] = self.capacity - len(kept)
+        room[_BYTES] = self._host.room(kept)
+
+        def gain(victim: int) -> Counter[str]:
+            on_host = {_SLOTS: 1, _PLACES: 1, _BYTES: self._adapters[victim].nbytes}
+            return _sum([*self._needs_in(self._slots[victim]).values(), on_host])
+
+        for adapter_id, one in needs.items():
+            wanted = _sum([*one.values(), {_SLOTS: 1}])
+            if nbytes is not None and adapter_id in nbytes:
+                wanted.update({_PLACES: 1, _BYTES: nbytes[adapter_id]})
+            more: list[int] = []
+            after = room.copy()
+            while any(count > after[name] for name, count in wanted.items()):
+                if len(more) == len(busy):
+                    break
+                more.append(busy[len(more)])
+                after.update(gain(more[-1]))
+            else:
+                drained.update(more)
+                del busy[: len(more)]
+                after.subtract(wanted)
+                room = after
+                if nbytes is not None and adapter_id in nbytes:
+                    leaving = self._host.victims(nbytes[adapter_id], kept - drained)
+                    drained.update(leaving or ())
         return drained
 
     def can_activate(self, adapter_id: int) -> bool:

@@ -127,6 +127,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 "another id"
             )
         self._require_room(request, None if known is None else known.needs)
+        if self.manager.get_adapter(adapter_id) is None:
+            self._require_host_room(request, 0 if known is None else known.nbytes)
         return known
 
     def fetch(self, request: LoRARequest) -> Load:
@@ -202,6 +204,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             retry_at += self.lora_config.lora_retry_seconds
         self._failures[adapter_id] = _Failure(name, error, retry_at)
         return error
+
+    def _require_host_room(self, request: LoRARequest, nbytes: int) -> None:
+        """Raises when pinned adapters leave no place on the host for the adapter."""
+        try:
+            self.manager.require_host_room(nbytes, beside_pins=True)
+        except AdapterInUseError as error:
+            raise AdapterInUseError(f"adapter {request.lora_name!r}: {error}") from None
 
     def _require_bytes(self, request: LoRARequest, nbytes: int) -> None:
         budget = self.lora_config.max_cpu_lora_bytes
@@ -294,10 +303,12 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
     def _on_their_way(self, adapter_ids: set[int]) -> set[int]:
         """Asked once a step, of all: most of a long queue waits for adapters that are not there."""
         manager, copies, found = self.manager, self._copies, set[int]()
+        places, nbytes = manager.room_beside_pins
         for adapter_id in adapter_ids:
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id not in self._failures:
+                can_come = places > 0 and self._versions[adapter_id].nbytes <= nbytes
+                if can_come and adapter_id not in self._failures:
                     found.add(adapter_id)
             elif manager.slot_of(adapter_id) is None and copies.on_their_way(adapter):
                 found.add(adapter_id)
@@ -351,6 +362,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             if adapter is None:
                 if adapter_id in self._failures:
                     raise self._failures[adapter_id].error
+                self._require_host_room(request, self._versions[adapter_id].nbytes)
                 return None
             if not self._copies.are_there(adapter):  # first, as it is quick
                 return None

@@ -92,7 +92,10 @@ class FakeLoRA:
     def slot_of(self, adapter: int) -> int | None:
         return self.slots.get(adapter)
 
-    def to_drain(self, needs) -> set[int]:
+    def get_adapter(self, adapter: int) -> object:
+        return adapter  # all are on the host
+
+    def to_drain(self, needs, nbytes) -> set[int]:
         """The slots of those with the fewest users."""
         free = self.max_slots - len(self.slots) + sum(not self.users[one] for one in self.slots)
         busy = sorted(self.slots, key=lambda one: (self.users[one], one))

@@ -805,6 +805,45 @@ def test_cold_adapters_on_a_real_device(tiers, folders, monkeypatch, passes):
 # -- reload ------------------------------------------------------------------------------------
 
 
+def test_an_adapter_for_which_the_host_has_no_bytes_starts_within_a_bound(files, folders, sizes):
+    """Requests for another keep coming; a slot is free all the time."""
+    room = max(sizes[:2]) + 1000
+    llm = small_llm(files.model, max_loras=2, max_cpu_lora_bytes=room, max_lora_passes=2)
+    for count in (2, 12):  # compiles
+        answer(llm, tokens(20), greedy(max_tokens=count), request(folders, 0))
+    engine, client, numbers = llm.llm_engine, Client(llm), itertools.count()
+    client.add("first", request(folders, 0))
+    client.until(lambda: client.count("first") >= 1)
+    client.add("cold", request(folders, 1))
+
+    def cold_has_begun():
+        while engine.get_num_unfinished_requests() < 4:
+            client.add(f"hot-{next(numbers)}", request(folders, 0), count=6)
+        return client.count("cold") >= 1
+
+    client.until(cold_has_begun)
+    assert next(numbers) < 40
+    client.drain()
+
+
+def test_pins_that_fill_the_host_refuse_others_by_name(files, folders, sizes):
+    llm = small_llm(files.model, max_loras=3, max_cpu_lora_bytes=sum(sizes[:2]) + 1000)
+    engine, client, third = llm.llm_engine, Client(llm), request(folders, 2)
+    for lora in (third, None):  # compiles, and makes the adapter known
+        answer(llm, tokens(20), greedy(max_tokens=2), lora)
+    for index in (0, 1):
+        engine.add_lora(request(folders, index))
+    client.busy()
+    client.add("waits", third)  # its adapter is on disk
+    for adapter_id in (1, 2):
+        engine.pin_lora(adapter_id)
+    client.until(lambda: client.ended("waits"))
+    assert_failed(client, "waits", "a2", "max_cpu_lora_bytes")
+    with pytest.raises(AdapterInUseError, match=r"a2.*max_cpu_lora_bytes"):
+        client.add("late", third)
+    client.drain()
+
+
 def test_a_reload_while_a_request_waits_to_begin(files, folders, tmp_path):
     """Its adapter has a slot and is written; it begins with the new one, when it has pages."""
     folder = copy_files(folders[0], tmp_path / "live")

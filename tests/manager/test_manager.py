@@ -450,6 +450,22 @@ def test_adapters_with_the_fewest_sequences_are_emptied_first():
     assert one.to_drain(needs_of(one, 4)) == set()
 
 
+def test_adapters_are_emptied_for_bytes_of_the_host_too():
+    size = zeros_model(1).nbytes
+    one = manager(1, 2, 3, max_loras=4, max_cpu_lora_bytes=3 * size + 1)
+    for adapter_id, users in ((1, 1), (2, 2), (3, 2)):
+        for _ in range(users):
+            one.acquire(adapter_id)
+    needs = {4: one.needs(zeros_model(4))}
+    assert one.to_drain(needs) == set()  # a slot is free
+    assert one.to_drain(needs, {4: size}) == {1}
+    one.release(1)  # nobody uses it now; it starts nobody while the other is read
+    assert one.to_drain(needs, {4: size}) == {1}
+    for adapter_id in (1, 2, 3):
+        one.pin_adapter(adapter_id)
+    assert one.to_drain(needs, {4: size}) == set()
+
+
 def test_as_many_are_emptied_as_the_blocks_take_and_no_pinned_ones():
     one = manager(max_loras=4, max_cpu_loras=6, lora_pool_blocks=4)
     for adapter_id in (1, 2, 3):
