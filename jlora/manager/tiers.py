@@ -33,13 +33,15 @@ _WAIT = 0.05  # seconds between looks at the clock while somebody waits
 class Load:
     """An adapter that is being read. done: whether that has ended, and with what error, if any.
 
-    again: somebody has asked since it began, and what it finds may be older than that.
+    began: its thread has. next: reads it again afterwards, for those who have asked since this one
+    began, as what this one finds may be older than that.
     """
 
     request: LoRARequest
     done: bool = False
     error: Exception | None = None
-    again: bool = False
+    began: bool = False
+    next: Load | None = None
 
     @property
     def adapter_id(self) -> int:
@@ -132,21 +134,27 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
     def fetch(self, request: LoRARequest) -> Load:
         """Reads an adapter in the background, unless that is under way.
 
-        With load_inplace it is read only if its files have changed.
+        With load_inplace it is read only if its files have changed, and what is under way will do
+        only if it has not begun; otherwise one more read follows it.
         """
-        key = (request.lora_int_id, request.load_inplace)
-        load = self._loading.get(key)
+        load = self._loading.get((request.lora_int_id, request.load_inplace))
         if load is None:
-            self._failures.pop(request.lora_int_id, None)
-            load = self._loading[key] = Load(request)
-            self._loads.start(load, lambda: self._fetched(request))
-        else:
-            load.again = request.load_inplace
+            return self._start(Load(request))
+        if request.load_inplace and load.began:
+            load.next = load.next or Load(request)
+            return load.next
         return load
 
-    def _fetched(self, request: LoRARequest) -> Any:
-        """In a thread: changes nothing."""
-        loaded = self._read(request)
+    def _start(self, load: Load) -> Load:
+        self._failures.pop(load.adapter_id, None)
+        self._loads.start(load, functools.partial(self._fetched, load))
+        self._loading[load.adapter_id, load.request.load_inplace] = load
+        return load
+
+    def _fetched(self, load: Load) -> Any:
+        """In a thread: changes nothing but `began`."""
+        load.began = True
+        loaded = self._read(load.request)
         if loaded is not None:
             self._prepare(loaded[1])
         return loaded
@@ -155,14 +163,12 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Takes over what threads have done."""
         for load, future, seconds in self._loads.collect():
             assert isinstance(load, Load)  # what `fetch` starts
-            if load.again and not load.done:
-                load.again = False
-                self._take(load.request, future, seconds)
-                self._loads.start(load, functools.partial(self._fetched, load.request))
-            elif not load.done:  # else it was removed meanwhile
+            if not load.done:  # else it was removed meanwhile
                 del self._loading[load.adapter_id, load.request.load_inplace]
                 load.error = self._take(load.request, future, seconds)
                 load.done = True
+                if load.next is not None:
+                    self._start(load.next)
         self._copies.take_over()
 
     def _take(self, request: LoRARequest, future: Future, seconds: float) -> Exception | None:
@@ -426,8 +432,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._copies.forget(adapter_id)
         for key in [key for key in self._loading if key[0] == adapter_id]:
             load, removed = self._loading.pop(key), True
-            load.error = AdapterError(f"adapter {load.request.lora_name!r} has been removed")
-            load.done = True
+            for one in (load, load.next) if load.next is not None else (load,):
+                one.error = AdapterError(f"adapter {one.request.lora_name!r} has been removed")
+                one.done = True
         self._failures.pop(adapter_id, None)
         return removed
 

@@ -615,6 +615,62 @@ def test_two_reloads_without_a_step_between(tiers, folders, disk, tmp_path, expe
     assert client.tokens("r") == expected(2, tokens(20), 8)
 
 
+def test_reloads_that_keep_coming_are_served(tiers, folders, monkeypatch):
+    """Though a look at the files takes longer than it takes until the next one comes."""
+    client, names = Client(tiers), itertools.count()
+    given, loader = request(folders, 0, load_inplace=True), client.engine.lora._loader
+    client.engine.add_lora(given)
+    real, looks = loader.fingerprint, []
+
+    def fingerprint(*arguments):
+        looks.append(time.sleep(0.1))
+        return real(*arguments)
+
+    monkeypatch.setattr(loader, "fingerprint", fingerprint)
+    client.busy()
+
+    def served() -> bool:
+        client.add(f"r{next(names)}", given, count=2)
+        return client.ended("r0", "r1")
+
+    client.until(served, pause=0.01, limit=3)
+    monkeypatch.setattr(loader, "fingerprint", real)
+    client.drain()
+    assert client.ended(*(f"r{one}" for one in range(next(names))))
+    assert len(looks) < 10  # those that came during a look share the next one
+
+
+def test_reloads_share_a_read_unless_it_has_begun(tiers, folders, disk):
+    client, lora = Client(tiers), tiers.llm_engine.lora
+    disk.hangs |= {"adapter-4", "adapter-5"}
+    first, second = request(folders, 0, load_inplace=True), request(folders, 1)
+    hangs = lora.fetch(first)
+    lora.fetch(second)
+    client.until(lambda: len(disk.reads) == 2)
+    queued = request(folders, 2, load_inplace=True)
+    assert lora.fetch(queued) is lora.fetch(queued)  # no thread is free
+    later = lora.fetch(first)
+    assert later is not hangs
+    assert lora.fetch(first) is later
+    disk.open.set()
+    client.until(lambda: later.done)
+    assert hangs.done
+    assert (hangs.error, later.error) == (None, None)
+    assert disk.reads.count("adapter-4") == 1  # nothing had changed
+
+
+def test_remove_ends_a_reload_that_has_still_to_begin(tiers, folders, disk):
+    client, lora = Client(tiers), tiers.llm_engine.lora
+    disk.hangs.add("adapter-4")
+    one = request(folders, 0, load_inplace=True)
+    lora.fetch(one)
+    client.until(lambda: disk.reads == ["adapter-4"])
+    later = lora.fetch(one)
+    client.engine.remove_lora(1)
+    assert later.done
+    assert "removed" in str(later.error)
+
+
 def test_who_stops_waiting_for_an_adapter_hurts_nobody(tiers, folders, disk, expected):
     """As many as there are places for loads, and one waits for the same adapter."""
     disk.seconds |= {"adapter-4": 0.3, "adapter-5": 0.3}
