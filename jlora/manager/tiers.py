@@ -18,7 +18,7 @@ from typing import Any
 from jlora.errors import AdapterError, AdapterInUseError
 from jlora.manager.blocks import Needs
 from jlora.manager.copies import Copies, as_exception
-from jlora.manager.loader import same_words, source
+from jlora.manager.loader import same_source, source
 from jlora.manager.loads import BackgroundLoads, LoadTimeout
 from jlora.manager.lora_model import LoRAModel
 from jlora.manager.stats import AdapterState, AdapterStatus, Counters, LoRAStats
@@ -51,9 +51,17 @@ class Load:
 
 @dataclass(frozen=True)
 class _Failure:
+    """request: that was read for; None when that would keep arrays alive."""
+
     name: str
+    request: LoRARequest | None
     error: Exception
     retry_at: float
+
+    def refuses(self, request: LoRARequest) -> bool:
+        """Whether another request asks for the same, too soon."""
+        same = self.request is not None and same_source(request, self.request)
+        return same and time.monotonic() < self.retry_at
 
 
 class TieredLoRAManager(LRUCacheWorkerLoRAManager):
@@ -80,7 +88,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             self.manager, stage, config.max_staged_loras, config.lora_load_timeout
         )
         self._loading: dict[tuple[int, bool], Load] = {}  # by id and load_inplace
-        self._failures: dict[int, _Failure] = {}
+        self._failures: dict[tuple[int, bool], _Failure] = {}  # likewise
         self.leaving: set[int] = set()  # refuse new requests, and go with their last one
         self._placing: set[int] = set()
         self.counters = Counters()
@@ -98,12 +106,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         Raises as `check`, and AdapterError for an adapter that could not be loaded shortly before.
         """
         known = self.check(request)
-        failure = self._failures.get(request.lora_int_id)
+        key = (request.lora_int_id, request.load_inplace)
+        failure = self._failures.get(key)
         serves = self.manager.get_adapter(request.lora_int_id) is not None
         if failure is not None and (request.load_inplace or not serves):
-            if time.monotonic() < failure.retry_at:
+            if failure.refuses(request):
                 raise failure.error
-            del self._failures[request.lora_int_id]
+            del self._failures[key]
         return None if request.load_inplace else known
 
     def check(self, request: LoRARequest) -> AdapterVersion | None:
@@ -120,9 +129,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             )
         known = self._known(request)
         load = self._loading.get((adapter_id, request.load_inplace))
-        if load is not None and not (
-            same_words(request, load.request) or source(load.request) == source(request)
-        ):
+        if load is not None and not same_source(request, load.request):
             raise AdapterError(
                 f"adapter {request.lora_name!r}: id {adapter_id} stands for "
                 f"{source(load.request)}, which is being loaded, not {source(request)}; use "
@@ -146,9 +153,10 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         return load
 
     def _start(self, load: Load) -> Load:
-        self._failures.pop(load.adapter_id, None)
+        key = (load.adapter_id, load.request.load_inplace)
+        self._failures.pop(key, None)
         self._loads.start(load, functools.partial(self._fetched, load))
-        self._loading[load.adapter_id, load.request.load_inplace] = load
+        self._loading[key] = load
         return load
 
     def _fetched(self, load: Load) -> Any:
@@ -172,7 +180,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._copies.take_over()
 
     def _take(self, request: LoRARequest, future: Future, seconds: float) -> Exception | None:
-        adapter_id, name = request.lora_int_id, request.lora_name
+        adapter_id = request.lora_int_id
         try:
             loaded = future.result()
             if loaded is not None:
@@ -190,24 +198,36 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                     self._let_arrays_go()
         except LoadTimeout as error:
             return self._fail(
-                adapter_id,
-                name,
+                request,
                 AdapterError(
-                    f"adapter {name!r}: loading {error}; raise lora_load_timeout, or see to the "
-                    "disk or network that it comes from"
+                    f"adapter {request.lora_name!r}: loading {error}; raise lora_load_timeout, or "
+                    "see to the disk or network that it comes from"
                 ),
             )
         except BaseException as error:  # of any kind: only its requests are hurt
-            return self._fail(adapter_id, name, as_exception(error))
+            return self._fail(request, as_exception(error))
+        self._failures.pop((adapter_id, False), None)
         return None
 
-    def _fail(self, adapter_id: int, name: str, error: Exception) -> Exception:
+    def _fail(self, request: LoRARequest, error: Exception) -> Exception:
+        """What the load's own requests end with. Those of a version that acts do not."""
         self.counters.failures += 1
+        adapter_id = request.lora_int_id
+        if not request.load_inplace and self.manager.get_adapter(adapter_id) is not None:
+            return error  # it came meanwhile, perhaps from elsewhere
         retry_at = time.monotonic()
         if not isinstance(error, AdapterInUseError):  # which may be over at any time
             retry_at += self.lora_config.lora_retry_seconds
-        self._failures[adapter_id] = _Failure(name, error, retry_at)
+        kept = request if request.lora_tensors is None else None
+        self._failures[adapter_id, request.load_inplace] = _Failure(
+            request.lora_name, kept, error, retry_at
+        )
         return error
+
+    def _failure(self, adapter_id: int) -> _Failure | None:
+        """An adapter's own. A failed reload says nothing of a version that is known."""
+        reload = None if adapter_id in self._versions else self._failures.get((adapter_id, True))
+        return self._failures.get((adapter_id, False)) or reload
 
     def _require_bytes(self, request: LoRARequest, nbytes: int) -> None:
         budget = self.lora_config.max_cpu_lora_bytes
@@ -288,7 +308,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id > 0 and adapter_id not in self._failures:
+                if adapter_id > 0 and self._failure(adapter_id) is None:
                     self.fetch(self._as_last_read(request))
             elif full and isinstance(adapter, LoRAModel):
                 continue
@@ -303,7 +323,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id in adapter_ids:
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id not in self._failures:
+                if self._failure(adapter_id) is None:
                     found.add(adapter_id)
             elif manager.slot_of(adapter_id) is None and copies.on_their_way(adapter):
                 found.add(adapter_id)
@@ -327,7 +347,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for request, adapter_id in requests:
             if adapter_id in wanted or adapter_id in held:
                 continue
-            if adapter_id in self._failures and manager.get_adapter(adapter_id) is None:
+            if manager.get_adapter(adapter_id) is None and self._failure(adapter_id) is not None:
                 continue
             if adapter_id not in kept:
                 count -= 1
@@ -355,8 +375,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         if manager.slot_of(adapter_id) is None:
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id in self._failures:
-                    raise self._failures[adapter_id].error
+                failure = self._failure(adapter_id)
+                if failure is not None:
+                    raise failure.error
                 return None
             if not self._copies.are_there(adapter):  # first, as it is quick
                 return None
@@ -435,7 +456,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             for one in (load, load.next) if load.next is not None else (load,):
                 one.error = AdapterError(f"adapter {one.request.lora_name!r} has been removed")
                 one.done = True
-        self._failures.pop(adapter_id, None)
+        for reload in (False, True):
+            self._failures.pop((adapter_id, reload), None)
         return removed
 
     def list_adapters(self) -> set[int]:
@@ -453,13 +475,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Every adapter that the engine has heard of, by id; superseded ones by theirs, below 0."""
         superseded = {one for one in self.manager.list_adapters() if one < 0}
         ids = {one for one in self._versions if one > 0} | superseded
-        ids |= self._failures.keys() | {adapter_id for adapter_id, _ in self._loading}
+        ids |= {adapter_id for adapter_id, _ in [*self._failures, *self._loading]}
         return {adapter_id: self._status(adapter_id) for adapter_id in sorted(ids)}
 
     def _status(self, adapter_id: int) -> AdapterStatus:
         manager, version = self.manager, self._versions.get(adapter_id)
         adapter, slot = manager.get_adapter(adapter_id), manager.slot_of(adapter_id)
-        failure = self._failures.get(adapter_id)
+        failure = self._failure(adapter_id)
         loading = next((one for key, one in self._loading.items() if key[0] == adapter_id), None)
         name = version.name if version else failure.name if failure else ""
         reason, retry_in = None, None

@@ -521,6 +521,82 @@ def test_a_reload_that_fails_leaves_the_old_version_serving(tiers, folders, tmp_
     assert client.tokens("next") == expected(0, tokens(20), 8)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_reload_that_fails_fails_nobody_who_has_not_asked_for_it(
+    tiers, folders, disk, tmp_path, expected, elsewhere
+):
+    """The known version is on the disk only, and others keep its requests waiting."""
+    client, good = Client(tiers), LoRARequest("a", 1, str(copy_files(folders[0], tmp_path / "a")))
+    client.engine.add_lora(good)
+    for index in (1, 2, 3, 4):  # which evict it
+        client.engine.add_lora(request(folders, index))
+    for index in (1, 2):
+        client.add(f"runs-{index}", request(folders, index), count=60)
+    client.until(lambda: client.count("runs-2") > 1)
+    real, failing = client.engine.lora._read, itertools.count()
+
+    def read(one):
+        if one.load_inplace:
+            next(failing)
+            raise OSError("the cable is out")
+        return real(one)
+
+    client.engine.lora._read = read
+    try:
+        client.add("waits", good)
+        bad = dataclasses.replace(good, load_inplace=True)
+        if elsewhere:
+            bad = dataclasses.replace(bad, lora_path=str(folders[5]))
+        client.add("bad", bad)
+        client.finish("bad")
+        client.add("later", good)
+        with pytest.raises(OSError, match="cable"):  # not read again so soon
+            client.add("again", bad)
+        assert client.state(1) is not AdapterState.FAILED
+        client.drain()
+    finally:
+        del client.engine.lora._read
+    assert next(failing) == 1
+    assert "cable" in client.outputs["bad"].outputs[0].stop_reason
+    for name in ("waits", "later"):
+        assert client.tokens(name) == expected(0, tokens(20), 8)
+
+
+def test_a_failed_reload_refuses_no_reload_from_elsewhere(tiers, folders, tmp_path, expected):
+    client = Client(tiers)
+    client.engine.add_lora(request(folders, 0))
+    client.busy()
+    bad, good = (
+        LoRARequest("a", 1, str(folder), load_inplace=True) for folder in (tmp_path, folders[1])
+    )
+    client.add("bad", bad)
+    client.finish("bad")
+    client.add("good", good)
+    client.drain()
+    assert client.outputs["bad"].error is not None
+    assert client.tokens("good") == expected(1, tokens(20), 8)
+
+
+def test_a_failed_read_says_nothing_of_what_replaces_it(tiers, folders, disk, expected):
+    """A first read fails after a reload from elsewhere has put another version in its place."""
+    client, engine = Client(tiers), tiers.llm_engine
+    client.busy()
+    disk.hangs.add("adapter-4")
+    disk.errors["adapter-4"] = OSError("the cable is out")
+    client.add("first", request(folders, 0))
+    other = LoRARequest("a0", 1, str(folders[5]))
+    engine.add_lora(dataclasses.replace(other, load_inplace=True))
+    disk.open.set()
+    client.finish("first")
+    assert "cable" in str(client.outputs["first"].error)
+    client.drain()
+    client.add("second", other)
+    for index in (1, 2, 3, 4):
+        engine.add_lora(request(folders, index))
+    client.drain()
+    assert client.tokens("second") == expected(5, tokens(20), 8)
+
+
 def test_a_failed_reading_is_forgotten_when_its_time_is_over(tiers, folders, disk, expected):
     """Also by an engine that was idle then."""
     client = Client(tiers)
