@@ -168,9 +168,9 @@ class LoRAModelManager:
         """Whether one more adapter of so many bytes can be added, by eviction if need be."""
         return self._host.victims(nbytes, self.kept) is not None
 
-    def require_host_room(self) -> None:
-        """Raises AdapterInUseError when not even a small adapter could be added."""
-        self._host.require_room(0, self.kept)
+    def require_host_room(self, nbytes: int = 0, what: str = "an adapter") -> None:
+        """Raises AdapterInUseError when one more adapter of so many bytes could not be added."""
+        self._host.require_room(nbytes, self.kept, what=what)
 
     def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
         """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""

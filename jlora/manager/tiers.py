@@ -122,11 +122,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         adapters leave no room, or when it is being removed.
         """
         adapter_id = request.lora_int_id
-        if adapter_id in self.leaving:
-            raise AdapterInUseError(
-                f"adapter {request.lora_name!r} is being removed, and requests still use it; wait, "
-                "or use another id"
-            )
+        self._require_staying(adapter_id, request.lora_name)
         known = self._known(request)
         load = self._loading.get((adapter_id, request.load_inplace))
         if load is not None and not same_source(request, load.request):
@@ -137,6 +133,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             )
         self._require_room(request, None if known is None else known.needs)
         return known
+
+    def _require_staying(self, adapter_id: int, name: str) -> None:
+        if adapter_id in self.leaving:
+            raise AdapterInUseError(
+                f"adapter {name!r} is being removed, and requests still use it; wait, or use "
+                "another id"
+            )
 
     def fetch(self, request: LoRARequest) -> Load:
         """Reads an adapter in the background, unless that is under way.
@@ -444,6 +447,12 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         if place:
             self.place(adapter_id)
         return manager.get_adapter(adapter_id) is not before
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """As WorkerLoRAManager's; raises AdapterInUseError for one that is being removed."""
+        version = self._versions.get(adapter_id)
+        self._require_staying(adapter_id, version.name if version is not None else "")
+        return super().pin_adapter(adapter_id)
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets an adapter, what its id stood for and a load that is under way."""

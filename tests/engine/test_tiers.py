@@ -1123,6 +1123,26 @@ def test_drain_ends_with_an_abort(tiers, folders):
     assert engine.list_loras() == set()
 
 
+def test_abort_of_a_draining_adapter_says_that_it_removed_it(tiers, folders):
+    client, engine = Client(tiers), tiers.llm_engine
+    client.add("r", request(folders, 0), count=50)
+    client.until(lambda: client.count("r") >= 2)
+    assert engine.remove_lora(1, when_in_use="drain")
+    assert engine.remove_lora(1, when_in_use="abort")
+    assert engine.lora_statuses() == {}
+
+
+def test_a_draining_adapter_cannot_be_pinned(tiers, folders):
+    client, engine = Client(tiers), tiers.llm_engine
+    client.add("r", request(folders, 0), count=50)
+    client.until(lambda: client.count("r") >= 2)
+    engine.remove_lora(1, when_in_use="drain")
+    with pytest.raises(AdapterInUseError, match="'a0' is being removed"):
+        engine.pin_lora(1)
+    client.drain()
+    assert engine.list_loras() == set()
+
+
 def test_drain_serves_requests_whose_adapter_is_being_read(tiers, folders, disk, expected):
     """Also one whose load has not begun, since others are read before it."""
     disk.seconds |= {"adapter-4": 0.2, "adapter-5": 0.2}
@@ -1283,6 +1303,17 @@ def test_a_reload_that_is_too_large_leaves_what_is_there(few_bytes, folders, fil
     assert engine.lora_identity(1) == before
 
 
+def test_a_reload_beside_a_running_request_names_the_limit_it_hits(few_bytes, folders, sizes):
+    client, engine = Client(few_bytes), few_bytes.llm_engine
+    client.add("r", request(folders, 4), count=60)
+    client.until(lambda: client.count("r") >= 2)
+    other = LoRARequest("a4", 5, str(folders[5]), load_inplace=True)
+    pattern = rf"new version of adapter 5 \({sizes[5]} bytes\).*raise max_cpu_lora_bytes"
+    with pytest.raises(AdapterInUseError, match=pattern):
+        engine.add_lora(other)
+    client.drain()
+
+
 def test_more_adapters_than_the_host_and_the_slots_keep(tiers, folders, expected):
     """Six on two slots, and four on the host: each answer is its adapter's own."""
     client = Client(tiers)
@@ -1424,6 +1455,18 @@ def test_statuses_through_every_state(tiers, folders, disk, tmp_path):
     assert 0 < status.retry_in <= RETRY
     client.drain()
     assert engine.lora_statuses().keys() == {1, 2, 3, 4, 5, 7}
+
+
+def test_statuses_and_stats_are_right_when_nobody_steps(tiers, folders, disk):
+    client, engine = Client(tiers), tiers.llm_engine
+    client.busy()
+    disk.seconds["adapter-4"] = 0.1
+    client.add("r", request(folders, 0))
+    assert (client.state(1), engine.lora_stats().loading) == (AdapterState.LOADING, 1)
+    engine.abort_request(["r", "busy-0"])
+    engine.lora._loads.wait(SOON)
+    assert engine.lora_stats().loading == 0
+    assert client.state(1) is AdapterState.ON_HOST
 
 
 def test_a_mixture_whose_component_has_left_the_device_is_copied(tiers, folders):
