@@ -150,8 +150,8 @@ class AdapterMethods:
     def name_lora(self, lora_name: str, lora_path: str) -> LoRARequest:
         """A request, under an id that nobody uses, for what a resolver has found."""
         if lora_name not in self._resolved:
-            used = [*self._manager().statuses(), *(o.lora_int_id for o in self._resolved.values())]
-            request = LoRARequest(lora_name, max(used, default=0) + 1, lora_path)
+            used = {*self._manager().statuses(), *(o.lora_int_id for o in self._resolved.values())}
+            request = LoRARequest(lora_name, max(used | {0}) + 1, lora_path)
             self._resolved[lora_name] = request
         return self._resolved[lora_name]
 

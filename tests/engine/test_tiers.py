@@ -131,6 +131,7 @@ def clean(llm) -> None:
     lora._loads = BackgroundLoads(config.max_lora_loads, config.lora_load_timeout)
     for left in (lora._loading, lora._failures, lora._versions, lora.leaving):
         left.clear()
+    engine._resolved.clear()
     for name in list(engine._arrivals._waiting):
         engine._arrivals.drop(name)
     engine.abort_request(list(engine._requests))
@@ -1531,6 +1532,22 @@ def test_adapters_by_name(tiers, folders, expected):
             engine.resolve_lora(name)
     assert engine.remove_lora(5)
     assert engine.resolve_lora("adapter-6").lora_int_id != other.lora_int_id
+
+
+def test_ids_of_adapters_by_name_start_at_1(tiers, folders, expected):
+    """Also while only a superseded version is there, whose id is below 0."""
+    client, engine = Client(tiers), tiers.llm_engine
+    client.add("r", request(folders, 0), count=60)
+    client.until(lambda: client.count("r") >= 2)
+    engine.add_lora(LoRARequest("a0", 1, str(folders[1]), load_inplace=True))
+    assert engine.remove_lora(1)
+    assert max(engine.lora_statuses()) < 0
+    named = engine.resolve_lora("adapter-5")
+    assert named.lora_int_id == 1
+    client.add("named", named)
+    client.drain()
+    assert client.tokens("r") == expected(0, tokens(20), 60)
+    assert client.tokens("named") == expected(1, tokens(20), 8)
 
 
 def test_adapters_by_name_of_an_async_engine(tiers, folders, expected):
