@@ -101,6 +101,7 @@ class AdapterMethods:
             manager.leaving.add(lora_id)
             return True
         if when_in_use == "abort":  # those with an older version, too
+            manager.leaving.discard(lora_id)  # it goes here, and not with the last of them
             self.abort_request(self.requests_naming(lora_id))
         elif requests:
             running = manager.manager.users(lora_id)
@@ -149,8 +150,8 @@ class AdapterMethods:
     def name_lora(self, lora_name: str, lora_path: str) -> LoRARequest:
         """A request, under an id that nobody uses, for what a resolver has found."""
         if lora_name not in self._resolved:
-            used = [*self._manager().statuses(), *(o.lora_int_id for o in self._resolved.values())]
-            request = LoRARequest(lora_name, max(used, default=0) + 1, lora_path)
+            used = {*self._manager().statuses(), *(o.lora_int_id for o in self._resolved.values())}
+            request = LoRARequest(lora_name, max(used | {0}) + 1, lora_path)
             self._resolved[lora_name] = request
         return self._resolved[lora_name]
 
@@ -159,14 +160,19 @@ class AdapterMethods:
 
         A version that requests still use after it was replaced has an id below 0.
         """
+        self.collect_loads()  # perhaps nobody steps
         return self._manager().statuses()
 
     def lora_stats(self) -> LoRAStats:
         """Hits, loads, evictions, waits, and what is where now."""
+        self.collect_loads()
         return self._manager().stats()
 
     def pin_lora(self, lora_id: int) -> bool:
-        """Keeps a loaded adapter in its slot until it is removed."""
+        """Keeps a loaded adapter in its slot until it is removed.
+
+        Raises AdapterInUseError for one that is being removed.
+        """
         self._place_now(lora_id)
         return self._manager().pin_adapter(lora_id)
 

@@ -48,18 +48,19 @@ class HostTier:
             count, held = count - 1, held - self.adapters[victim].nbytes
         return victims
 
-    def require_room(self, nbytes: int, kept: Set[int], instead: int | None = None) -> list[int]:
-        """As `victims`; raises AdapterInUseError when it cannot be."""
+    def require_room(
+        self, nbytes: int, kept: Set[int], instead: int | None = None, what: str = "an adapter"
+    ) -> list[int]:
+        """As `victims`; raises AdapterInUseError, which names the limit, when it cannot be."""
         victims = self.victims(nbytes, kept, instead)
         if victims is not None:
             return victims
-        if self.budget is None:
+        if self.victims(0, kept, instead) is None:
             raise AdapterInUseError(
-                f"all {self.capacity} adapters on the host are pinned or in use; raise "
-                "max_cpu_loras or remove one"
+                f"all {self.capacity} adapters on the host are pinned or in use, which leaves no "
+                f"room for {what}; raise max_cpu_loras or remove one"
             )
         raise AdapterInUseError(
-            f"no room on the host for an adapter ({nbytes} bytes): max_cpu_loras={self.capacity} "
-            f"and max_cpu_lora_bytes={self.budget} beside those that are pinned or in use; raise "
-            "them or remove one"
+            f"no room on the host for {what} ({nbytes} bytes): max_cpu_lora_bytes={self.budget} "
+            "beside those that are pinned or in use; raise max_cpu_lora_bytes or remove one"
         )

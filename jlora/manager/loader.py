@@ -194,3 +194,8 @@ def same_words(one: LoRARequest, other: LoRARequest) -> bool:
         and one.peft_config is other.peft_config
         and one.components is other.components
     )
+
+
+def same_source(one: LoRARequest, other: LoRARequest) -> bool:
+    """Whether two requests name the same."""
+    return same_words(one, other) or source(one) == source(other)

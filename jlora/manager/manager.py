@@ -176,12 +176,14 @@ class LoRAModelManager:
         """Adapters and bytes that the host could take if only what is pinned stayed."""
         return self.capacity - len(self._pinned), self._host.room(self._pinned)
 
-    def require_host_room(self, nbytes: int = 0, beside_pins: bool = False) -> None:
-        """Raises AdapterInUseError when no adapter of so many bytes could be added.
+    def require_host_room(
+        self, nbytes: int = 0, what: str = "an adapter", beside_pins: bool = False
+    ) -> None:
+        """Raises AdapterInUseError when one more adapter of so many bytes could not be added.
 
         beside_pins: not even when nothing else is in use any more.
         """
-        self._host.require_room(nbytes, self._pinned if beside_pins else self.kept)
+        self._host.require_room(nbytes, self._pinned if beside_pins else self.kept, what=what)
 
     def _make_host_room(self, lora: Adapter, instead: int | None = None) -> None:
         """Evicts for an adapter; raises AdapterInUseError, and evicts none, when it cannot be."""

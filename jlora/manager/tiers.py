@@ -18,7 +18,7 @@ from typing import Any
 from jlora.errors import AdapterError, AdapterInUseError
 from jlora.manager.blocks import Needs
 from jlora.manager.copies import Copies, as_exception
-from jlora.manager.loader import same_words, source
+from jlora.manager.loader import same_source, source
 from jlora.manager.loads import BackgroundLoads, LoadTimeout
 from jlora.manager.lora_model import LoRAModel
 from jlora.manager.stats import AdapterState, AdapterStatus, Counters, LoRAStats
@@ -33,13 +33,15 @@ _WAIT = 0.05  # seconds between looks at the clock while somebody waits
 class Load:
     """An adapter that is being read. done: whether that has ended, and with what error, if any.
 
-    again: somebody has asked since it began, and what it finds may be older than that.
+    began: its thread has. next: reads it again afterwards, for those who have asked since this one
+    began, as what this one finds may be older than that.
     """
 
     request: LoRARequest
     done: bool = False
     error: Exception | None = None
-    again: bool = False
+    began: bool = False
+    next: Load | None = None
 
     @property
     def adapter_id(self) -> int:
@@ -49,9 +51,17 @@ class Load:
 
 @dataclass(frozen=True)
 class _Failure:
+    """request: that was read for; None when that would keep arrays alive."""
+
     name: str
+    request: LoRARequest | None
     error: Exception
     retry_at: float
+
+    def refuses(self, request: LoRARequest) -> bool:
+        """Whether another request asks for the same, too soon."""
+        same = self.request is not None and same_source(request, self.request)
+        return same and time.monotonic() < self.retry_at
 
 
 class TieredLoRAManager(LRUCacheWorkerLoRAManager):
@@ -78,7 +88,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             self.manager, stage, config.max_staged_loras, config.lora_load_timeout
         )
         self._loading: dict[tuple[int, bool], Load] = {}  # by id and load_inplace
-        self._failures: dict[int, _Failure] = {}
+        self._failures: dict[tuple[int, bool], _Failure] = {}  # likewise
         self.leaving: set[int] = set()  # refuse new requests, and go with their last one
         self._placing: set[int] = set()
         self.counters = Counters()
@@ -96,12 +106,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         Raises as `check`, and AdapterError for an adapter that could not be loaded shortly before.
         """
         known = self.check(request)
-        failure = self._failures.get(request.lora_int_id)
+        key = (request.lora_int_id, request.load_inplace)
+        failure = self._failures.get(key)
         serves = self.manager.get_adapter(request.lora_int_id) is not None
         if failure is not None and (request.load_inplace or not serves):
-            if time.monotonic() < failure.retry_at:
+            if failure.refuses(request):
                 raise failure.error
-            del self._failures[request.lora_int_id]
+            del self._failures[key]
         return None if request.load_inplace else known
 
     def check(self, request: LoRARequest) -> AdapterVersion | None:
@@ -111,16 +122,10 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         adapters leave no room, or when it is being removed.
         """
         adapter_id = request.lora_int_id
-        if adapter_id in self.leaving:
-            raise AdapterInUseError(
-                f"adapter {request.lora_name!r} is being removed, and requests still use it; wait, "
-                "or use another id"
-            )
+        self._require_staying(adapter_id, request.lora_name)
         known = self._known(request)
         load = self._loading.get((adapter_id, request.load_inplace))
-        if load is not None and not (
-            same_words(request, load.request) or source(load.request) == source(request)
-        ):
+        if load is not None and not same_source(request, load.request):
             raise AdapterError(
                 f"adapter {request.lora_name!r}: id {adapter_id} stands for "
                 f"{source(load.request)}, which is being loaded, not {source(request)}; use "
@@ -131,24 +136,38 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             self._require_host_room(request, 0 if known is None else known.nbytes)
         return known
 
+    def _require_staying(self, adapter_id: int, name: str) -> None:
+        if adapter_id in self.leaving:
+            raise AdapterInUseError(
+                f"adapter {name!r} is being removed, and requests still use it; wait, or use "
+                "another id"
+            )
+
     def fetch(self, request: LoRARequest) -> Load:
         """Reads an adapter in the background, unless that is under way.
 
-        With load_inplace it is read only if its files have changed.
+        With load_inplace it is read only if its files have changed, and what is under way will do
+        only if it has not begun; otherwise one more read follows it.
         """
-        key = (request.lora_int_id, request.load_inplace)
-        load = self._loading.get(key)
+        load = self._loading.get((request.lora_int_id, request.load_inplace))
         if load is None:
-            self._failures.pop(request.lora_int_id, None)
-            load = self._loading[key] = Load(request)
-            self._loads.start(load, lambda: self._fetched(request))
-        else:
-            load.again = request.load_inplace
+            return self._start(Load(request))
+        if request.load_inplace and load.began:
+            load.next = load.next or Load(request)
+            return load.next
         return load
 
-    def _fetched(self, request: LoRARequest) -> Any:
-        """In a thread: changes nothing."""
-        loaded = self._read(request)
+    def _start(self, load: Load) -> Load:
+        key = (load.adapter_id, load.request.load_inplace)
+        self._failures.pop(key, None)
+        self._loads.start(load, functools.partial(self._fetched, load))
+        self._loading[key] = load
+        return load
+
+    def _fetched(self, load: Load) -> Any:
+        """In a thread: changes nothing but `began`."""
+        load.began = True
+        loaded = self._read(load.request)
         if loaded is not None:
             self._prepare(loaded[1])
         return loaded
@@ -157,18 +176,16 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Takes over what threads have done."""
         for load, future, seconds in self._loads.collect():
             assert isinstance(load, Load)  # what `fetch` starts
-            if load.again and not load.done:
-                load.again = False
-                self._take(load.request, future, seconds)
-                self._loads.start(load, functools.partial(self._fetched, load.request))
-            elif not load.done:  # else it was removed meanwhile
+            if not load.done:  # else it was removed meanwhile
                 del self._loading[load.adapter_id, load.request.load_inplace]
                 load.error = self._take(load.request, future, seconds)
                 load.done = True
+                if load.next is not None:
+                    self._start(load.next)
         self._copies.take_over()
 
     def _take(self, request: LoRARequest, future: Future, seconds: float) -> Exception | None:
-        adapter_id, name = request.lora_int_id, request.lora_name
+        adapter_id = request.lora_int_id
         try:
             loaded = future.result()
             if loaded is not None:
@@ -186,31 +203,41 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                     self._let_arrays_go()
         except LoadTimeout as error:
             return self._fail(
-                adapter_id,
-                name,
+                request,
                 AdapterError(
-                    f"adapter {name!r}: loading {error}; raise lora_load_timeout, or see to the "
-                    "disk or network that it comes from"
+                    f"adapter {request.lora_name!r}: loading {error}; raise lora_load_timeout, or "
+                    "see to the disk or network that it comes from"
                 ),
             )
         except BaseException as error:  # of any kind: only its requests are hurt
-            return self._fail(adapter_id, name, as_exception(error))
+            return self._fail(request, as_exception(error))
+        self._failures.pop((adapter_id, False), None)
         return None
 
-    def _fail(self, adapter_id: int, name: str, error: Exception) -> Exception:
+    def _fail(self, request: LoRARequest, error: Exception) -> Exception:
+        """What the load's own requests end with. Those of a version that acts do not."""
         self.counters.failures += 1
+        adapter_id = request.lora_int_id
+        if not request.load_inplace and self.manager.get_adapter(adapter_id) is not None:
+            return error  # it came meanwhile, perhaps from elsewhere
         retry_at = time.monotonic()
         if not isinstance(error, AdapterInUseError):  # which may be over at any time
             retry_at += self.lora_config.lora_retry_seconds
-        self._failures[adapter_id] = _Failure(name, error, retry_at)
+        kept = request if request.lora_tensors is None else None
+        self._failures[adapter_id, request.load_inplace] = _Failure(
+            request.lora_name, kept, error, retry_at
+        )
         return error
 
     def _require_host_room(self, request: LoRARequest, nbytes: int) -> None:
         """Raises when pinned adapters leave no place on the host for the adapter."""
-        try:
-            self.manager.require_host_room(nbytes, beside_pins=True)
-        except AdapterInUseError as error:
-            raise AdapterInUseError(f"adapter {request.lora_name!r}: {error}") from None
+        name = f"adapter {request.lora_name!r}"
+        self.manager.require_host_room(nbytes, name, beside_pins=True)
+
+    def _failure(self, adapter_id: int) -> _Failure | None:
+        """An adapter's own. A failed reload says nothing of a version that is known."""
+        reload = None if adapter_id in self._versions else self._failures.get((adapter_id, True))
+        return self._failures.get((adapter_id, False)) or reload
 
     def _require_bytes(self, request: LoRARequest, nbytes: int) -> None:
         budget = self.lora_config.max_cpu_lora_bytes
@@ -291,7 +318,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id > 0 and adapter_id not in self._failures:
+                if adapter_id > 0 and self._failure(adapter_id) is None:
                     self.fetch(self._as_last_read(request))
             elif full and isinstance(adapter, LoRAModel):
                 continue
@@ -308,7 +335,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
                 can_come = places > 0 and self._versions[adapter_id].nbytes <= nbytes
-                if can_come and adapter_id not in self._failures:
+                if can_come and self._failure(adapter_id) is None:
                     found.add(adapter_id)
             elif manager.slot_of(adapter_id) is None and copies.on_their_way(adapter):
                 found.add(adapter_id)
@@ -332,7 +359,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for request, adapter_id in requests:
             if adapter_id in wanted or adapter_id in held:
                 continue
-            if adapter_id in self._failures and manager.get_adapter(adapter_id) is None:
+            if manager.get_adapter(adapter_id) is None and self._failure(adapter_id) is not None:
                 continue
             if adapter_id not in kept:
                 count -= 1
@@ -360,8 +387,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         if manager.slot_of(adapter_id) is None:
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id in self._failures:
-                    raise self._failures[adapter_id].error
+                failure = self._failure(adapter_id)
+                if failure is not None:
+                    raise failure.error
                 self._require_host_room(request, self._versions[adapter_id].nbytes)
                 return None
             if not self._copies.are_there(adapter):  # first, as it is quick
@@ -430,6 +458,12 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             self.place(adapter_id)
         return manager.get_adapter(adapter_id) is not before
 
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """As WorkerLoRAManager's; raises AdapterInUseError for one that is being removed."""
+        version = self._versions.get(adapter_id)
+        self._require_staying(adapter_id, version.name if version is not None else "")
+        return super().pin_adapter(adapter_id)
+
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets an adapter, what its id stood for and a load that is under way."""
         removed = super().remove_adapter(adapter_id)
@@ -438,9 +472,11 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         self._copies.forget(adapter_id)
         for key in [key for key in self._loading if key[0] == adapter_id]:
             load, removed = self._loading.pop(key), True
-            load.error = AdapterError(f"adapter {load.request.lora_name!r} has been removed")
-            load.done = True
-        self._failures.pop(adapter_id, None)
+            for one in (load, load.next) if load.next is not None else (load,):
+                one.error = AdapterError(f"adapter {one.request.lora_name!r} has been removed")
+                one.done = True
+        for reload in (False, True):
+            self._failures.pop((adapter_id, reload), None)
         return removed
 
     def list_adapters(self) -> set[int]:
@@ -458,13 +494,13 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         """Every adapter that the engine has heard of, by id; superseded ones by theirs, below 0."""
         superseded = {one for one in self.manager.list_adapters() if one < 0}
         ids = {one for one in self._versions if one > 0} | superseded
-        ids |= self._failures.keys() | {adapter_id for adapter_id, _ in self._loading}
+        ids |= {adapter_id for adapter_id, _ in [*self._failures, *self._loading]}
         return {adapter_id: self._status(adapter_id) for adapter_id in sorted(ids)}
 
     def _status(self, adapter_id: int) -> AdapterStatus:
         manager, version = self.manager, self._versions.get(adapter_id)
         adapter, slot = manager.get_adapter(adapter_id), manager.slot_of(adapter_id)
-        failure = self._failures.get(adapter_id)
+        failure = self._failure(adapter_id)
         loading = next((one for key, one in self._loading.items() if key[0] == adapter_id), None)
         name = version.name if version else failure.name if failure else ""
         reason, retry_in = None, None

@@ -295,11 +295,7 @@ class WorkerLoRAManager:
                 f"the new version of pinned adapter {lora.id} has no slot or rank blocks beside "
                 "the one that requests still use; raise max_loras or lora_pool_blocks"
             )
-        if not manager.has_host_room(lora.nbytes):
-            raise AdapterInUseError(
-                f"the new version of adapter {lora.id} has no room on the host beside the one that "
-                "requests still use; raise max_cpu_loras"
-            )
+        manager.require_host_room(lora.nbytes, f"the new version of adapter {lora.id}")
         old = manager.supersede(lora.id)
         self._versions[old] = self._versions[lora.id]
         manager.add_adapter(lora)

@@ -131,6 +131,7 @@ def clean(llm) -> None:
     lora._loads = BackgroundLoads(config.max_lora_loads, config.lora_load_timeout)
     for left in (lora._loading, lora._failures, lora._versions, lora.leaving):
         left.clear()
+    engine._resolved.clear()
     for name in list(engine._arrivals._waiting):
         engine._arrivals.drop(name)
     engine.abort_request(list(engine._requests))
@@ -521,6 +522,82 @@ def test_a_reload_that_fails_leaves_the_old_version_serving(tiers, folders, tmp_
     assert client.tokens("next") == expected(0, tokens(20), 8)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_reload_that_fails_fails_nobody_who_has_not_asked_for_it(
+    tiers, folders, disk, tmp_path, expected, elsewhere
+):
+    """The known version is on the disk only, and others keep its requests waiting."""
+    client, good = Client(tiers), LoRARequest("a", 1, str(copy_files(folders[0], tmp_path / "a")))
+    client.engine.add_lora(good)
+    for index in (1, 2, 3, 4):  # which evict it
+        client.engine.add_lora(request(folders, index))
+    for index in (1, 2):
+        client.add(f"runs-{index}", request(folders, index), count=60)
+    client.until(lambda: client.count("runs-2") > 1)
+    real, failing = client.engine.lora._read, itertools.count()
+
+    def read(one):
+        if one.load_inplace:
+            next(failing)
+            raise OSError("the cable is out")
+        return real(one)
+
+    client.engine.lora._read = read
+    try:
+        client.add("waits", good)
+        bad = dataclasses.replace(good, load_inplace=True)
+        if elsewhere:
+            bad = dataclasses.replace(bad, lora_path=str(folders[5]))
+        client.add("bad", bad)
+        client.finish("bad")
+        client.add("later", good)
+        with pytest.raises(OSError, match="cable"):  # not read again so soon
+            client.add("again", bad)
+        assert client.state(1) is not AdapterState.FAILED
+        client.drain()
+    finally:
+        del client.engine.lora._read
+    assert next(failing) == 1
+    assert "cable" in client.outputs["bad"].outputs[0].stop_reason
+    for name in ("waits", "later"):
+        assert client.tokens(name) == expected(0, tokens(20), 8)
+
+
+def test_a_failed_reload_refuses_no_reload_from_elsewhere(tiers, folders, tmp_path, expected):
+    client = Client(tiers)
+    client.engine.add_lora(request(folders, 0))
+    client.busy()
+    bad, good = (
+        LoRARequest("a", 1, str(folder), load_inplace=True) for folder in (tmp_path, folders[1])
+    )
+    client.add("bad", bad)
+    client.finish("bad")
+    client.add("good", good)
+    client.drain()
+    assert client.outputs["bad"].error is not None
+    assert client.tokens("good") == expected(1, tokens(20), 8)
+
+
+def test_a_failed_read_says_nothing_of_what_replaces_it(tiers, folders, disk, expected):
+    """A first read fails after a reload from elsewhere has put another version in its place."""
+    client, engine = Client(tiers), tiers.llm_engine
+    client.busy()
+    disk.hangs.add("adapter-4")
+    disk.errors["adapter-4"] = OSError("the cable is out")
+    client.add("first", request(folders, 0))
+    other = LoRARequest("a0", 1, str(folders[5]))
+    engine.add_lora(dataclasses.replace(other, load_inplace=True))
+    disk.open.set()
+    client.finish("first")
+    assert "cable" in str(client.outputs["first"].error)
+    client.drain()
+    client.add("second", other)
+    for index in (1, 2, 3, 4):
+        engine.add_lora(request(folders, index))
+    client.drain()
+    assert client.tokens("second") == expected(5, tokens(20), 8)
+
+
 def test_a_failed_reading_is_forgotten_when_its_time_is_over(tiers, folders, disk, expected):
     """Also by an engine that was idle then."""
     client = Client(tiers)
@@ -613,6 +690,62 @@ def test_two_reloads_without_a_step_between(tiers, folders, disk, tmp_path, expe
     client.add("r", LoRARequest("a", 1, str(folder)))
     client.drain()
     assert client.tokens("r") == expected(2, tokens(20), 8)
+
+
+def test_reloads_that_keep_coming_are_served(tiers, folders, monkeypatch):
+    """Though a look at the files takes longer than it takes until the next one comes."""
+    client, names = Client(tiers), itertools.count()
+    given, loader = request(folders, 0, load_inplace=True), client.engine.lora._loader
+    client.engine.add_lora(given)
+    real, looks = loader.fingerprint, []
+
+    def fingerprint(*arguments):
+        looks.append(time.sleep(0.1))
+        return real(*arguments)
+
+    monkeypatch.setattr(loader, "fingerprint", fingerprint)
+    client.busy()
+
+    def served() -> bool:
+        client.add(f"r{next(names)}", given, count=2)
+        return client.ended("r0", "r1")
+
+    client.until(served, pause=0.01, limit=3)
+    monkeypatch.setattr(loader, "fingerprint", real)
+    client.drain()
+    assert client.ended(*(f"r{one}" for one in range(next(names))))
+    assert len(looks) < 10  # those that came during a look share the next one
+
+
+def test_reloads_share_a_read_unless_it_has_begun(tiers, folders, disk):
+    client, lora = Client(tiers), tiers.llm_engine.lora
+    disk.hangs |= {"adapter-4", "adapter-5"}
+    first, second = request(folders, 0, load_inplace=True), request(folders, 1)
+    hangs = lora.fetch(first)
+    lora.fetch(second)
+    client.until(lambda: len(disk.reads) == 2)
+    queued = request(folders, 2, load_inplace=True)
+    assert lora.fetch(queued) is lora.fetch(queued)  # no thread is free
+    later = lora.fetch(first)
+    assert later is not hangs
+    assert lora.fetch(first) is later
+    disk.open.set()
+    client.until(lambda: later.done)
+    assert hangs.done
+    assert (hangs.error, later.error) == (None, None)
+    assert disk.reads.count("adapter-4") == 1  # nothing had changed
+
+
+def test_remove_ends_a_reload_that_has_still_to_begin(tiers, folders, disk):
+    client, lora = Client(tiers), tiers.llm_engine.lora
+    disk.hangs.add("adapter-4")
+    one = request(folders, 0, load_inplace=True)
+    lora.fetch(one)
+    client.until(lambda: disk.reads == ["adapter-4"])
+    later = lora.fetch(one)
+    client.engine.remove_lora(1)
+    assert later.done
+    assert "removed" in str(later.error)
 
 
 def test_who_stops_waiting_for_an_adapter_hurts_nobody(tiers, folders, disk, expected):
@@ -1030,6 +1163,26 @@ def test_drain_ends_with_an_abort(tiers, folders):
     assert engine.list_loras() == set()
 
 
+def test_abort_of_a_draining_adapter_says_that_it_removed_it(tiers, folders):
+    client, engine = Client(tiers), tiers.llm_engine
+    client.add("r", request(folders, 0), count=50)
+    client.until(lambda: client.count("r") >= 2)
+    assert engine.remove_lora(1, when_in_use="drain")
+    assert engine.remove_lora(1, when_in_use="abort")
+    assert engine.lora_statuses() == {}
+
+
+def test_a_draining_adapter_cannot_be_pinned(tiers, folders):
+    client, engine = Client(tiers), tiers.llm_engine
+    client.add("r", request(folders, 0), count=50)
+    client.until(lambda: client.count("r") >= 2)
+    engine.remove_lora(1, when_in_use="drain")
+    with pytest.raises(AdapterInUseError, match="'a0' is being removed"):
+        engine.pin_lora(1)
+    client.drain()
+    assert engine.list_loras() == set()
+
+
 def test_drain_serves_requests_whose_adapter_is_being_read(tiers, folders, disk, expected):
     """Also one whose load has not begun, since others are read before it."""
     disk.seconds |= {"adapter-4": 0.2, "adapter-5": 0.2}
@@ -1190,6 +1343,17 @@ def test_a_reload_that_is_too_large_leaves_what_is_there(few_bytes, folders, fil
     assert engine.lora_identity(1) == before
 
 
+def test_a_reload_beside_a_running_request_names_the_limit_it_hits(few_bytes, folders, sizes):
+    client, engine = Client(few_bytes), few_bytes.llm_engine
+    client.add("r", request(folders, 4), count=60)
+    client.until(lambda: client.count("r") >= 2)
+    other = LoRARequest("a4", 5, str(folders[5]), load_inplace=True)
+    pattern = rf"new version of adapter 5 \({sizes[5]} bytes\).*raise max_cpu_lora_bytes"
+    with pytest.raises(AdapterInUseError, match=pattern):
+        engine.add_lora(other)
+    client.drain()
+
+
 def test_more_adapters_than_the_host_and_the_slots_keep(tiers, folders, expected):
     """Six on two slots, and four on the host: each answer is its adapter's own."""
     client = Client(tiers)
@@ -1333,6 +1497,18 @@ def test_statuses_through_every_state(tiers, folders, disk, tmp_path):
     assert engine.lora_statuses().keys() == {1, 2, 3, 4, 5, 7}
 
 
+def test_statuses_and_stats_are_right_when_nobody_steps(tiers, folders, disk):
+    client, engine = Client(tiers), tiers.llm_engine
+    client.busy()
+    disk.seconds["adapter-4"] = 0.1
+    client.add("r", request(folders, 0))
+    assert (client.state(1), engine.lora_stats().loading) == (AdapterState.LOADING, 1)
+    engine.abort_request(["r", "busy-0"])
+    engine.lora._loads.wait(SOON)
+    assert engine.lora_stats().loading == 0
+    assert client.state(1) is AdapterState.ON_HOST
+
+
 def test_a_mixture_whose_component_has_left_the_device_is_copied(tiers, folders):
     """Though as many of its own copies are there as may be."""
     lora = TieredLoRAManager(
@@ -1395,6 +1571,22 @@ def test_adapters_by_name(tiers, folders, expected):
             engine.resolve_lora(name)
     assert engine.remove_lora(5)
     assert engine.resolve_lora("adapter-6").lora_int_id != other.lora_int_id
+
+
+def test_ids_of_adapters_by_name_start_at_1(tiers, folders, expected):
+    """Also while only a superseded version is there, whose id is below 0."""
+    client, engine = Client(tiers), tiers.llm_engine
+    client.add("r", request(folders, 0), count=60)
+    client.until(lambda: client.count("r") >= 2)
+    engine.add_lora(LoRARequest("a0", 1, str(folders[1]), load_inplace=True))
+    assert engine.remove_lora(1)
+    assert max(engine.lora_statuses()) < 0
+    named = engine.resolve_lora("adapter-5")
+    assert named.lora_int_id == 1
+    client.add("named", named)
+    client.drain()
+    assert client.tokens("r") == expected(0, tokens(20), 60)
+    assert client.tokens("named") == expected(1, tokens(20), 8)
 
 
 def test_adapters_by_name_of_an_async_engine(tiers, folders, expected):

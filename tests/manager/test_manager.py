@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from jlora.errors import AdapterInUseError
 from jlora.manager import LoRAModelManager, SlotMap
+from jlora.manager.host import HostTier
 from jlora.manager.mixture import LoRAMixture, mix
 from tests.manager.adapters import (
     ATTENTION,
@@ -90,6 +93,16 @@ def test_a_host_of_held_adapters_has_no_room():
     assert (hosted(one), device_state(one)) == ([1, 2], before)
     one.release(2)
     assert one.has_host_room()
+
+
+def test_what_the_host_has_no_room_for_says_which_limit_it_hit():
+    host = HostTier(2, 10)
+    host.adapters.update({1: SimpleNamespace(nbytes=4), 2: SimpleNamespace(nbytes=4)})
+    with pytest.raises(AdapterInUseError, match="raise max_cpu_loras or"):
+        host.require_room(1, {1, 2})
+    with pytest.raises(AdapterInUseError, match="raise max_cpu_lora_bytes or"):
+        host.require_room(7, {1})
+    assert host.require_room(6, {1}) == [2]
 
 
 # -- slots -----------------------------------------------------------------------------------
