@@ -982,6 +982,10 @@ def test_a_reload_while_a_request_waits_to_begin(files, folders, tmp_path):
     folder = copy_files(folders[0], tmp_path / "live")
     llm = small_llm(files.model, num_gpu_blocks_override=12, max_num_seqs=4)
     engine, given = llm.llm_engine, LoRARequest("live", 1, str(folder))
+    for prompt in (tokens(70), tokens(20)):  # compiles
+        for lora in (None, LoRARequest("other", 2, str(folders[1]))):
+            answer(llm, prompt, greedy(max_tokens=4), lora)
+    engine.reset_prefix_cache()
     engine.add_lora(given, place=False)
     client = Client(llm)
     client.add("runs", prompt=tokens(70), count=20)
