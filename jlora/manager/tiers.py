@@ -133,7 +133,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             )
         self._require_room(request, None if known is None else known.needs)
         if self.manager.get_adapter(adapter_id) is None:
-            self._require_host_room(request, 0 if known is None else known.nbytes)
+            self._require_host_room(request, self._nbytes(adapter_id))
         return known
 
     def _require_staying(self, adapter_id: int, name: str) -> None:
@@ -228,6 +228,11 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             request.lora_name, kept, error, retry_at
         )
         return error
+
+    def _nbytes(self, adapter_id: int) -> int:
+        """Of an adapter on the host, 0 when it has never been there."""
+        version = self._versions.get(adapter_id)
+        return 0 if version is None else version.nbytes
 
     def _require_host_room(self, request: LoRARequest, nbytes: int) -> None:
         """Raises when pinned adapters leave no place on the host for the adapter."""
@@ -334,7 +339,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id in adapter_ids:
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                can_come = places > 0 and self._versions[adapter_id].nbytes <= nbytes
+                can_come = places > 0 and self._nbytes(adapter_id) <= nbytes
                 if can_come and self._failure(adapter_id) is None:
                     found.add(adapter_id)
             elif manager.slot_of(adapter_id) is None and copies.on_their_way(adapter):
@@ -390,7 +395,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 failure = self._failure(adapter_id)
                 if failure is not None:
                     raise failure.error
-                self._require_host_room(request, self._versions[adapter_id].nbytes)
+                self._require_host_room(request, self._nbytes(adapter_id))
                 return None
             if not self._copies.are_there(adapter):  # first, as it is quick
                 return None
