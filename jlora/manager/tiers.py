@@ -319,11 +319,14 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         for adapter_id in reversed(wanted):
             manager.touch(adapter_id)
         self._copies.drop_all_but(wanted.keys() | self._placing)
+        reads = sum((adapter_id, False) in self._loading for adapter_id in wanted)
         full = self._copies.full  # a mixture may still copy the rest of its components
         for adapter_id, request in wanted.items():
             adapter = manager.get_adapter(adapter_id)
             if adapter is None:
-                if adapter_id > 0 and self._failure(adapter_id) is None:
+                new = (adapter_id, False) not in self._loading and self._failure(adapter_id) is None
+                if adapter_id > 0 and new and reads < 2 * self._loads.limit:
+                    reads += 1  # more at a time would outlive those who want them
                     self.fetch(self._as_last_read(request))
             elif full and isinstance(adapter, LoRAModel):
                 continue

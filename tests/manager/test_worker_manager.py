@@ -283,6 +283,21 @@ def test_a_long_queue_leaves_half_of_the_host_to_others(folders, loads, budget):
     assert loads == ["small"] * 4
 
 
+def test_few_reads_are_begun_for_a_long_queue(folders, loads):
+    """So that whoever comes when the queue has been aborted does not wait for all of them."""
+    one = worker(max_loras=2, max_cpu_loras=40, max_lora_loads=2)
+    waiting = [request(adapter_id, folders / "small") for adapter_id in range(1, 16)]
+    for each in waiting:
+        one.read(each)
+        one.manager.remove_adapter(each.lora_int_id)  # from the host: its version is known
+    loads.clear()
+    for most in (4, 8):
+        one.want([(each, each.lora_int_id) for each in waiting])
+        one.settle()
+        assert len(loads) == most
+    assert one.list_adapters() == set(range(1, 9))
+
+
 def test_checking_reads_once_even_without_room_on_the_host(folders, loads):
     one = worker(max_loras=1, max_cpu_loras=1)
     one.start(request(1, folders / "small"))
