@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora.config import EngineArgs
 from jlora.engine.llm_engine import LLMEngine
-from jlora.manager import resolve
+from jlora.manager import AdapterStatus, LoRAStats, resolve
 from jlora.request import LoRARequest, RequestOutput, SamplingParams
 
 WAIT_SECONDS = 0.002  # between looks whether an adapter has arrived
@@ -140,6 +140,14 @@ class AsyncLLMEngine:
     async def list_loras(self) -> set[int]:
         """See LLMEngine.list_loras."""
         return await self._call(self.engine.list_loras)
+
+    async def lora_statuses(self) -> dict[int, AdapterStatus]:
+        """See LLMEngine.lora_statuses."""
+        return await self._call(self.engine.lora_statuses)
+
+    async def lora_stats(self) -> LoRAStats:
+        """See LLMEngine.lora_stats."""
+        return await self._call(self.engine.lora_stats)
 
     async def reset_prefix_cache(self) -> bool:
         """See LLMEngine.reset_prefix_cache."""

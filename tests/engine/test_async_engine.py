@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 import pytest
 
 from jlora import AsyncLLMEngine, LoRARequest, RequestOutputKind, SamplingParams
+from jlora.manager import AdapterState
 from tests.engine.test_engine import GREEDY, PROMPT, adapter, answer, greedy, tokens
 
 
@@ -175,6 +176,8 @@ def test_adapters(files, serve):
         assert not await engine.add_lora(adapter(files, 0))
         assert await engine.pin_lora(1)
         assert await engine.list_loras() == {1}
+        assert (await engine.lora_statuses())[1].state is AdapterState.PINNED
+        assert (await engine.lora_stats()).loads.count >= 1
         with pytest.raises(ValueError, match="7 is not registered"):
             await engine.pin_lora(7)
         assert await engine.remove_lora(1)
