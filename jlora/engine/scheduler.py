@@ -370,7 +370,7 @@ class Scheduler:
     def _fail(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         """error: why it could not begin, when it could not."""
         sequence.finish("abort", reason)
-        sequence.request.error = error
+        sequence.request.error = error or sequence.request.error
         if sequence.request.finished:
             self._unbind(sequence.request)
         self.failed.append(sequence)
