@@ -142,14 +142,12 @@ class PoolArrays:
             function = make()
             shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
             jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
-            described = jax.tree.map(
-                lambda one: (
-                    jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole)
-                    if isinstance(one, np.ndarray)
-                    else one
-                ),
-                arguments,
-            )
+            described = [
+                jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=whole)
+                if isinstance(one, np.ndarray)
+                else one
+                for one in arguments
+            ]
             self._executables[key] = jitted.lower(*described).compile()
         return self._executables[key](*arguments)
 

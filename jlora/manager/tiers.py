@@ -133,7 +133,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             )
         self._require_room(request, None if known is None else known.needs)
         if self.manager.get_adapter(adapter_id) is None:
-            self._require_host_room(request, self._nbytes(adapter_id))
+            self._require_host_room(request, adapter_id)
         return known
 
     def _require_staying(self, adapter_id: int, name: str) -> None:
@@ -234,9 +234,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
         version = self._versions.get(adapter_id)
         return 0 if version is None else version.nbytes
 
-    def _require_host_room(self, request: LoRARequest, nbytes: int) -> None:
+    def _require_host_room(self, request: LoRARequest, adapter_id: int) -> None:
         """Raises when pinned adapters leave no place on the host for the adapter."""
-        name = f"adapter {request.lora_name!r}"
+        nbytes, name = self._nbytes(adapter_id), f"adapter {request.lora_name!r}"
         self.manager.require_host_room(nbytes, name, beside_pins=True)
 
     def _failure(self, adapter_id: int) -> _Failure | None:
@@ -398,7 +398,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 failure = self._failure(adapter_id)
                 if failure is not None:
                     raise failure.error
-                self._require_host_room(request, self._nbytes(adapter_id))
+                self._require_host_room(request, adapter_id)
                 return None
             if not self._copies.are_there(adapter):  # first, as it is quick
                 return None
