@@ -15,6 +15,7 @@ from jlora.engine.pool_arrays import PoolArrays
 from jlora.engine.pool_functions import layers_of
 from jlora.engine.pool_layout import staged_specs
 from jlora.engine.staging import (
+    Landings,
     PlacedBlock,
     StagedAdapter,
     StagedBlock,
@@ -60,6 +61,7 @@ class AdapterPool(PoolArrays):
         self._base_weight, self._hosts = base_weight, hosts
         self._version = -1  # of the slot tables that the devices have
         self._pinned = pinned_memory(mesh)
+        self._landings = None if self._pinned is None else Landings()
         self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
 
     def compile(self) -> None:
@@ -68,18 +70,21 @@ class AdapterPool(PoolArrays):
         It is of the pool's dtype; adapters of another one get theirs when the first of them comes.
         """
         super().compile()
-        self._buffers = [StagingBuffers(self._pinned) for _ in range(self._config.max_staged_loras)]
+        self._buffers = [self._new_buffers() for _ in range(self._config.max_staged_loras)]
         for row in pool_rows(self._modules, self._config):
             for shape in self.block_shapes(row):
                 for buffers in self._buffers:
                     buffers.reserve(shape, self._dtype)
+
+    def _new_buffers(self) -> StagingBuffers:
+        return StagingBuffers(self._pinned, self._landings)
 
     def stage(self, lora: LoRAModel) -> StagedAdapter:
         """Packs an adapter and sends its blocks to the device; for any thread, at any time."""
         try:
             buffers = self._buffers.pop()
         except IndexError:
-            buffers = StagingBuffers(self._pinned)
+            buffers = self._new_buffers()
         needs = blocks_needed(lora, self._modules)
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
         try:
@@ -172,7 +177,9 @@ class AdapterPool(PoolArrays):
             manager.put_back(writes)
             raise
         for write in writes:
-            staged.pop(write.lora.key, None)
+            written = staged.pop(write.lora.key, None)
+            if written is not None and self._landings is not None:
+                self._landings.keep(written)
 
     def _apply(
         self,

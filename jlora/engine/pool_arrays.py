@@ -20,7 +20,7 @@ from jlora.engine.pool_functions import (
     joined,
     layers_of,
     part_of,
-    parted,
+    replace_all,
     replace_blocks,
     replace_magnitudes,
 )
@@ -193,10 +193,10 @@ class PoolArrays:
 
     def set_tables(self, tables: list[np.ndarray]) -> None:
         """tables: blocks, counts and scales of every row's slots, then the feature table."""
-        like = [jax.ShapeDtypeStruct(table.shape, table.dtype) for table in tables]
-        specs = [WHOLE] * len(tables)
+        old = jax.tree.leaves([row.slots for row in self.state.rows.values()])
+        old.append(self.state.features)
         *placed, features = self._run(
-            ("tables",), lambda: functools.partial(parted, like=like), (), specs, joined(tables)
+            ("tables",), lambda: replace_all, (0,), [WHOLE] * len(old), old, joined(tables)
         )
         rows = {
             name: dataclasses.replace(row, slots=SlotTable(*placed[3 * at : 3 * at + 3]))

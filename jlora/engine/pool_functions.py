@@ -68,12 +68,20 @@ def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([one.reshape(-1).view(np.int32) for one in arrays])
 
 
-def parted(joined: Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+def parted(joined: Array, like: Sequence[Array | jax.ShapeDtypeStruct]) -> list[Array]:
     """The opposite of `joined`, on the device. like: the shapes and dtypes of the arrays."""
     ends = np.cumsum([one.size for one in like])[:-1].tolist()
     return [
         jax.lax.bitcast_convert_type(part.reshape(one.shape), one.dtype)
         for part, one in zip(jnp.split(joined, ends), like, strict=True)
+    ]
+
+
+def replace_all(old: Sequence[Array], new: Array) -> list[Array]:
+    """new, `joined`, in the place of the old arrays."""
+    return [
+        jax.lax.dynamic_update_slice(array, part, (0,) * array.ndim)
+        for array, part in zip(old, parted(new, old), strict=True)
     ]
 
 

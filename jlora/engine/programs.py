@@ -34,6 +34,7 @@ from jlora.engine.state import (
     admit,
     empty_state,
     last_slots,
+    last_tokens,
     token_view,
 )
 from jlora.kernels import Implementation
@@ -100,12 +101,16 @@ class RunnerConfig:
 class StepArrays:
     """What a step works on: arrays, or ShapeDtypeStructs with shardings to compile for.
 
-    params: the leaves of the model's weights. pool: None with LoRA off.
+    params: the leaves of the model's weights. pool: None with LoRA off. hidden: what the last
+    `forward` computed, in its first rows. It is written in place, as everything that stays on a
+    device between steps: a GPU replays a recorded graph of a step, and for an array that is
+    elsewhere XLA changes each of its kernels (5 ms for 600 of them).
     """
 
     params: list[Any]
     pool: AdapterState | None
     kv: Any  # [layers x pages, page_size, 2 x heads, head_dim]
+    hidden: Any  # [max_num_batched_tokens, hidden]
     state: SeqState
 
 
@@ -137,6 +142,11 @@ class StepPrograms:
         shape = kv_shape(model, config, self.mesh.shape[AXIS])
         return jax.ShapeDtypeStruct(shape, kept, sharding=NamedSharding(self.mesh, self.kv_spec))
 
+    def hidden(self) -> jax.ShapeDtypeStruct:
+        """The hidden states of a step's tokens, described."""
+        shape = self.config.max_num_batched_tokens, self.model_config.hidden_size
+        return self._array(shape, self.model_config.dtype)
+
     def state(self) -> SeqState:
         """The state of the sequences, described."""
         state = empty_state(self.config.max_num_seqs, self.config.history)
@@ -151,19 +161,26 @@ class StepPrograms:
                 ),
                 pool,
             )
-        return StepArrays(jax.tree.leaves(model.params), pool, self.kv(), self.state())
+        params = jax.tree.leaves(model.params)
+        return StepArrays(params, pool, self.kv(), self.hidden(), self.state())
 
     # -- the functions ---------------------------------------------------------------------
 
     def _forward(
-        self, params: Any, pool: Any, kv: Array, state: SeqState, batch: Array, *, tokens: int
-    ) -> tuple[Array, Array, Array]:
-        """-> kv, hidden [seqs, hidden] of each sequence's last token, hidden of every token."""
-        config, model = self.config, self._model(params)
-        view = token_view(state, batch, tokens, config.page_size)
-        hidden, kv = model(view.tokens, kv, self._context(view, batch, pool))
-        last = jnp.maximum(view.cu_q_lens[1:] - 1, 0)
-        return kv, hidden[last], hidden
+        self,
+        params: Any,
+        pool: Any,
+        kv: Array,
+        hidden: Array,
+        state: SeqState,
+        batch: Array,
+        *,
+        tokens: int,
+    ) -> tuple[Array, Array]:
+        """-> kv and hidden, with this step's tokens in them."""
+        model, view = self._model(params), token_view(state, batch, tokens, self.config.page_size)
+        new, kv = model(view.tokens, kv, self._context(view, batch, pool))
+        return kv, jax.lax.dynamic_update_slice(hidden, new, (0, 0))
 
     def _model(self, params: list[Array]) -> Any:
         return nnx.merge(self.graph, jax.tree.unflatten(self._tree, params))
@@ -204,10 +221,10 @@ class StepPrograms:
     ) -> tuple[SeqState, Array, TokenLogprobs | None]:
         """-> state with the new tokens in the histories, tokens [seqs], log-probabilities.
 
-        pool: None when no adapter of the step changes the output matrix.
+        hidden: of `_forward`. pool: None when no adapter of the step changes the output matrix.
         """
         adapters = self._adapters(pool, last_slots(batch))
-        logits = self._model(params).logits(hidden, adapters)
+        logits = self._model(params).logits(hidden[last_tokens(batch)], adapters)
         tokens, logprobs = sample(logits, state, batch, variant, self.config.max_logprobs)
         rows = jnp.where(batch[:, SAMPLE] > 0, batch[:, ROW], self.config.max_num_seqs)
         history = state.tokens.at[rows, batch[:, KV_LEN]].set(tokens, mode="drop")
@@ -215,14 +232,21 @@ class StepPrograms:
         return SeqState(**fields), tokens, logprobs
 
     def _prompt_logprobs(
-        self, params: Any, pool: AdapterState | None, hidden: Array, state: SeqState, batch: Array
+        self,
+        params: Any,
+        pool: AdapterState | None,
+        hidden: Array,
+        state: SeqState,
+        batch: Array,
+        *,
+        tokens: int,
     ) -> TokenLogprobs:
-        """The log-probability of what follows each token of the step."""
-        model, tokens = self._model(params), hidden.shape[0]
-        view = token_view(state, batch, tokens, self.config.page_size)
+        """The log-probability of what follows each token of the step. hidden: of `_forward`."""
+        model, view = self._model(params), token_view(state, batch, tokens, self.config.page_size)
         chunk = min(LOGPROB_CHUNK, tokens)
         padding = -tokens % chunk
-        hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+        hidden = jnp.pad(hidden[:tokens], ((0, padding), (0, 0)))
+        hidden = hidden.reshape(-1, chunk, hidden.shape[1])
         targets = jnp.pad(view.next_tokens, (0, padding)).reshape(-1, chunk)
         none = kernels.NO_ADAPTER
         slots = jnp.pad(view.slots, (0, padding), constant_values=none).reshape(-1, chunk)
@@ -248,9 +272,8 @@ class StepPrograms:
         """key: ("forward", tokens, lora), ("sample", seqs, variant, lora), ("prompt", tokens,
         lora) or ("admit",); lora: whether the pool is given to it.
         """
-        params, state, kv = arrays.params, arrays.state, arrays.kv
-        everywhere, width = PartitionSpec(), self.model_config.hidden_size
-        dtype, weights, kv_spec = self.model_config.dtype, self._param_specs, self.kv_spec
+        params, state, kv, hidden = arrays.params, arrays.state, arrays.kv, arrays.hidden
+        everywhere, weights, kv_spec = PartitionSpec(), self._param_specs, self.kv_spec
         if key[0] == "admit":
             new, at = admission([], self.config.max_num_seqs, self.config.history)
             small = jax.tree.map(lambda x: self._array(x.shape, x.dtype), new)
@@ -265,22 +288,23 @@ class StepPrograms:
         match key:
             case ("forward", tokens, _):
                 function = functools.partial(self._forward, tokens=tokens)
-                specs = (weights, pool_specs, kv_spec, everywhere, everywhere)
-                mapped = self._sharded(function, specs, (kv_spec, everywhere, everywhere))
-                arguments = (params, pool, kv, state, batch(self.config.seq_bucket(tokens)))
-                return jax.jit(mapped, donate_argnums=(2,)).lower(*arguments)
+                specs = (weights, pool_specs, kv_spec, everywhere, everywhere, everywhere)
+                mapped = self._sharded(function, specs, (kv_spec, everywhere))
+                rows = batch(self.config.seq_bucket(tokens))
+                arguments = (params, pool, kv, hidden, state, rows)
+                return jax.jit(mapped, donate_argnums=(2, 3)).lower(*arguments)
             case ("sample", seqs, variant, _):
                 sampler = functools.partial(self._sample, variant=variant)
                 specs = (weights, pool_specs, everywhere, everywhere, everywhere)
                 mapped = self._sharded(sampler, specs, everywhere)
-                hidden = self._array((seqs, width), dtype)
                 arguments = (params, pool, hidden, state, batch(seqs))
                 return jax.jit(mapped, donate_argnums=(3,)).lower(*arguments)
             case ("prompt", tokens, _):
+                score = functools.partial(self._prompt_logprobs, tokens=tokens)
                 specs = (weights, pool_specs, everywhere, everywhere, everywhere)
-                mapped = self._sharded(self._prompt_logprobs, specs, everywhere)
-                hidden, rows = self._array((tokens, width), dtype), self.config.seq_bucket(tokens)
-                return jax.jit(mapped).lower(params, pool, hidden, state, batch(rows))
+                mapped = self._sharded(score, specs, everywhere)
+                rows = batch(self.config.seq_bucket(tokens))
+                return jax.jit(mapped).lower(params, pool, hidden, state, rows)
             case _:
                 raise KeyError(key)
 

@@ -63,9 +63,7 @@ class ModelRunner:
         self.params: list[jax.Array] = jax.tree.leaves(params)
         self.programs, self.config = programs, programs.config
         self.pool, self.hosts = pool, hosts
-        kv = programs.kv()
-        zeros = functools.partial(jnp.zeros, kv.shape, kv.dtype)
-        self.kv = jax.jit(zeros, out_shardings=kv.sharding)()
+        self.kv, self.hidden = _zeros(programs.kv()), _zeros(programs.hidden())
         empty = empty_state(self.config.max_num_seqs, self.config.history)
         self.state: SeqState = place_on(empty, programs.replicated)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
@@ -82,7 +80,7 @@ class ModelRunner:
         return self.pool is not None and self.pool.adapts_vocabulary
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
-        arrays = StepArrays(self.params, self._pool(True), self.kv, self.state)
+        arrays = StepArrays(self.params, self._pool(True), self.kv, self.hidden, self.state)
         return self.programs.compile(key, arrays)
 
     def executables(self) -> list[tuple]:
@@ -167,12 +165,19 @@ class ModelRunner:
         vocab = lora and self._adapts_vocabulary
         pool, head = self._pool(lora), self._pool(vocab)
         forward = self.compiled("forward", tokens, lora)
-        self.kv, last, hidden = forward(self.params, pool, self.kv, self.state, batch)
+        self.kv, self.hidden = forward(self.params, pool, self.kv, self.hidden, self.state, batch)
         prompt, sampled, logprobs = None, None, None
         if prompt_logprobs:
             score = self.compiled("prompt", tokens, vocab)
-            prompt = score(self.params, head, hidden, self.state, batch)
+            prompt = score(self.params, head, self.hidden, self.state, batch)
         if variant is not None:
             sampler = self.compiled("sample", batch.shape[0], variant, vocab)
-            self.state, sampled, logprobs = sampler(self.params, head, last, self.state, batch)
+            self.state, sampled, logprobs = sampler(
+                self.params, head, self.hidden, self.state, batch
+            )
         return sampled, logprobs, prompt
+
+
+def _zeros(described: jax.ShapeDtypeStruct) -> jax.Array:
+    make = functools.partial(jnp.zeros, described.shape, described.dtype)
+    return jax.jit(make, out_shardings=described.sharding)()

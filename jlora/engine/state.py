@@ -134,6 +134,11 @@ def pack_batch(plan: Plan, seqs: int, max_pages: int) -> np.ndarray:
     return batch
 
 
+def last_tokens(batch: Int[Array, "seqs columns"]) -> Int[Array, " seqs"]:
+    """Where in the step the last token of each sequence is; padding has the last of all."""
+    return jnp.maximum(jnp.cumsum(batch[:, Q_LEN], dtype=jnp.int32) - 1, 0)
+
+
 def last_slots(batch: Int[Array, "seqs columns"]) -> Int[Array, " seqs"]:
     """The adapter slot of each sequence's last token; `kernels.NO_ADAPTER` for none."""
     acts = (batch[:, Q_LEN] > 0) & (batch[:, KV_LEN] > batch[:, ACTS_FROM])
