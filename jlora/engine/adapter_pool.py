@@ -34,6 +34,7 @@ from jlora.manager import (
     feature_writes,
     is_full,
     pool_rows,
+    row_blocks,
 )
 from jlora.model import LoadedModel
 from jlora.projections import Feature, ModuleMap, Projection
@@ -61,7 +62,7 @@ class AdapterPool(PoolArrays):
         self._base_weight, self._hosts = base_weight, hosts
         self._version = -1  # of the slot tables that the devices have
         self._pinned = pinned_memory(mesh)
-        self._landings = None if self._pinned is None else Landings()
+        self._landings = None if self._pinned is None else Landings(mesh.devices.flat[0])
         self._buffers: list[StagingBuffers] = []  # of threads that do not stage now
 
     def compile(self) -> None:
@@ -72,9 +73,14 @@ class AdapterPool(PoolArrays):
         super().compile()
         self._buffers = [self._new_buffers() for _ in range(self._config.max_staged_loras)]
         for row in pool_rows(self._modules, self._config):
+            blocks = min(row_blocks(row, self._config), self._config.rank_blocks)
             for shape in self.block_shapes(row):
                 for buffers in self._buffers:
                     buffers.reserve(shape, self._dtype)
+                if self._landings is not None:
+                    calls = self._modules.num_layers // shape[0] if row.per_layer else 1
+                    count = len(self._buffers) * blocks * calls
+                    self._landings.reserve(shape, self._dtype, count)
 
     def _new_buffers(self) -> StagingBuffers:
         return StagingBuffers(self._pinned, self._landings)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
@@ -52,8 +53,14 @@ class Landings:
     each kernel of the graph that it has recorded of a step: 5 ms for 600 of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: jax.Device) -> None:
+        self._device = device
         self._kept: dict[tuple, list[jax.Array]] = {}
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any, count: int) -> None:
+        """Takes memory for so many arrays of a kind."""
+        kept = self._kept.setdefault((shape, np.dtype(dtype)), [])
+        kept += [jnp.zeros(shape, dtype, device=self._device) for _ in range(count - len(kept))]
 
     def keep(self, adapter: StagedAdapter) -> None:
         """Keeps the memory of an adapter's blocks, which nobody reads any more."""
