@@ -288,17 +288,17 @@ class StepPrograms:
         match key:
             case ("forward", tokens, _):
                 function = functools.partial(self._forward, tokens=tokens)
-                specs = (weights, pool_specs, kv_spec, everywhere, everywhere, everywhere)
-                mapped = self._sharded(function, specs, (kv_spec, everywhere))
+                inputs = (weights, pool_specs, kv_spec, everywhere, everywhere, everywhere)
+                mapped = self._sharded(function, inputs, (kv_spec, everywhere))
                 rows = batch(self.config.seq_bucket(tokens))
-                arguments = (params, pool, kv, hidden, state, rows)
-                return jax.jit(mapped, donate_argnums=(2, 3)).lower(*arguments)
+                forward = jax.jit(mapped, donate_argnums=(2, 3))
+                return forward.lower(params, pool, kv, hidden, state, rows)
             case ("sample", seqs, variant, _):
                 sampler = functools.partial(self._sample, variant=variant)
                 specs = (weights, pool_specs, everywhere, everywhere, everywhere)
                 mapped = self._sharded(sampler, specs, everywhere)
-                arguments = (params, pool, hidden, state, batch(seqs))
-                return jax.jit(mapped, donate_argnums=(3,)).lower(*arguments)
+                sampled = jax.jit(mapped, donate_argnums=(3,))
+                return sampled.lower(params, pool, hidden, state, batch(seqs))
             case ("prompt", tokens, _):
                 score = functools.partial(self._prompt_logprobs, tokens=tokens)
                 specs = (weights, pool_specs, everywhere, everywhere, everywhere)

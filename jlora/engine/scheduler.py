@@ -171,8 +171,11 @@ class Scheduler:
             sequence = self.waiting.popleft()
             adapter = sequence.adapter_id
             if sequence.slot < 0:
+                if adapter in not_now:  # first: so it is with most of a long queue
+                    passed.append(sequence)
+                    continue
                 sequence.found_slot = self._has_slot(adapter)
-                if adapter in not_now or not self._acquire_slot(sequence):
+                if not self._acquire_slot(sequence):
                     if not sequence.finished:
                         passed.append(sequence)
                         not_now.add(adapter)
@@ -217,19 +220,21 @@ class Scheduler:
         """
         if self.lora is None or not (self.waiting or self.lora.staged):
             return set()
-        wanted: list[tuple[LoRARequest, int]] = []
-        late: list[int] = []
+        wanted: dict[int, LoRARequest] = {}
+        late: dict[int, None] = {}
         limit, manager = self.lora.lora_config.max_lora_passes, self.lora.manager
         for sequence in self.waiting:
-            request, adapter_id = sequence.lora_request, sequence.adapter_id
+            adapter_id, request = sequence.adapter_id, sequence.request.lora_request
             if request is None or adapter_id is None:
                 continue
-            wanted.append((request, adapter_id))
-            if sequence.passes >= limit and not self._has_slot(adapter_id):
-                late.append(adapter_id)
+            if adapter_id not in wanted:
+                wanted[adapter_id] = request
+            if sequence.passes >= limit and adapter_id not in late:
+                late[adapter_id] = None
         on_their_way = self.lora.want(wanted)
         at_once = max(self.lora.lora_config.max_loras // 8, 1)
-        first = {one: self.lora.version(one) for one in list(dict.fromkeys(late))[:at_once]}
+        without = [adapter_id for adapter_id in late if not self._has_slot(adapter_id)]
+        first = {one: self.lora.version(one) for one in without[:at_once]}
         needs = {one: version.needs for one, version in first.items()}
         nbytes = {
             one: version.nbytes

@@ -70,7 +70,7 @@ class Sequence:
     @property
     def adapter_id(self) -> int | None:
         """The id of that adapter, or of the version of it that the request has begun with."""
-        return None if self.lora_request is None else self.request.adapter_id
+        return None if self.acts_from is None else self.request.adapter_id
 
     @property
     def prefix(self) -> Prefix:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -306,14 +306,14 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
 
     # -- what waiting and running requests need ----------------------------------------------
 
-    def want(self, requests: Sequence[tuple[LoRARequest, int]]) -> set[int]:
+    def want(self, requests: Mapping[int, LoRARequest]) -> set[int]:
         """Prepares the adapters of waiting requests, in the order in which they come.
 
         Returns those for which `acquire` would have no slot now, as they are on their way.
 
-        requests: with the id of the version that they are bound to, or else their own. As many as
-        the host can keep are read, and the next few are copied to the device. Those that come first
-        are the last to be evicted.
+        requests: by the id of the version that they are bound to, or else their own. As many as the
+        host can keep are read, and the next few are copied to the device. Those that come first are
+        the last to be evicted.
         """
         manager, wanted = self.manager, self._next_on_host(requests)
         for adapter_id in reversed(wanted):
@@ -333,9 +333,9 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             elif manager.slot_of(adapter_id) is None:
                 self._copies.copy(adapter_id, adapter)
                 full = self._copies.full
-        return self._on_their_way({adapter_id for _, adapter_id in requests})
+        return self._on_their_way(requests)
 
-    def _on_their_way(self, adapter_ids: set[int]) -> set[int]:
+    def _on_their_way(self, adapter_ids: Iterable[int]) -> set[int]:
         """Asked once a step, of all: most of a long queue waits for adapters that are not there."""
         manager, copies, found = self.manager, self._copies, set[int]()
         places, nbytes = manager.room_beside_pins
@@ -349,7 +349,7 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
                 found.add(adapter_id)
         return found
 
-    def _next_on_host(self, requests: Iterable[tuple[LoRARequest, int]]) -> dict[int, LoRARequest]:
+    def _next_on_host(self, requests: Mapping[int, LoRARequest]) -> dict[int, LoRARequest]:
         """The adapters of the first waiting requests, for half of what the host can still keep.
 
         And for the free slots. The other half is left to those that nobody waits for now, but soon
@@ -364,8 +364,8 @@ class TieredLoRAManager(LRUCacheWorkerLoRAManager):
             nbytes = budget - sum(one.nbytes for key, one in there if key in kept)
         least_count = min(count // 2, max(count - len(manager.free_slots), 0))
         least_nbytes = nbytes // 2
-        for request, adapter_id in requests:
-            if adapter_id in wanted or adapter_id in held:
+        for adapter_id, request in requests.items():
+            if adapter_id in held:
                 continue
             if manager.get_adapter(adapter_id) is None and self._failure(adapter_id) is not None:
                 continue

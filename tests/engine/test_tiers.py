@@ -1530,7 +1530,7 @@ def test_a_mixture_whose_component_has_left_the_device_is_copied(tiers, folders)
 
     def acquire(given: LoRARequest) -> int | None:
         for _ in range(20):
-            lora.want([(given, given.lora_int_id), (mixture, 9)])
+            lora.want({given.lora_int_id: given, 9: mixture})
             slot = lora.acquire(given, given.lora_int_id)
             if slot is not None:
                 return slot
@@ -1541,7 +1541,7 @@ def test_a_mixture_whose_component_has_left_the_device_is_copied(tiers, folders)
     assert acquire(parts[0]) == 0
     lora.manager.take_writes()
     lora.staged.clear()  # it has been written
-    lora.want([(mixture, 9)])  # copies what is not on the device: the other component
+    lora.want({9: mixture})  # copies what is not on the device: the other component
     while lora.busy:
         lora.wait(1)
         lora.collect()

@@ -135,7 +135,7 @@ class WaitingLoRAManager(TieredLoRAManager):
         self.known(request)
         self.load_now([request])
         if self.manager.get_adapter(request.lora_int_id) is None:
-            self.want([(request, request.lora_int_id)])
+            self.want({request.lora_int_id: request})
         self.settle()
         return self.version(request.lora_int_id)
 
@@ -144,7 +144,7 @@ class WaitingLoRAManager(TieredLoRAManager):
         adapter_id = request.lora_int_id
         self.known(request)
         while True:
-            self.want([(request, adapter_id)])
+            self.want({adapter_id: request})
             slot = self.acquire(request, adapter_id)
             if slot is not None or not self.busy:
                 return slot

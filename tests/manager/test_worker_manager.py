@@ -251,7 +251,7 @@ def test_those_that_wait_for_blocks_are_not_read_again_and_again(folders, loads)
     one.start(request(4, folders / "small"))
     loads.clear()
     for _ in range(3):
-        one.want([(each, each.lora_int_id) for each in waiting])
+        one.want({each.lora_int_id: each for each in waiting})
         one.settle()
         assert [one.acquire(each, each.lora_int_id) for each in waiting] == [None, None]
     assert loads == ["big"]  # that of the first
@@ -277,7 +277,7 @@ def test_a_long_queue_leaves_half_of_the_host_to_others(folders, loads, budget):
         one.manager.release(adapter_id)
     loads.clear()
     for _ in range(3):
-        one.want([(each, each.lora_int_id) for each in waiting])
+        one.want({each.lora_int_id: each for each in waiting})
         one.settle()
     assert {1, 2, 3, 4, 11, 12, 13, 14} == one.list_adapters()
     assert loads == ["small"] * 4
@@ -292,7 +292,7 @@ def test_few_reads_are_begun_for_a_long_queue(folders, loads):
         one.manager.remove_adapter(each.lora_int_id)  # from the host: its version is known
     loads.clear()
     for most in (4, 8):
-        one.want([(each, each.lora_int_id) for each in waiting])
+        one.want({each.lora_int_id: each for each in waiting})
         one.settle()
         assert len(loads) == most
     assert one.list_adapters() == set(range(1, 9))
