@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlora.config import LORA_BLOCK_RANK, LoRAConfig
+from jlora.engine.joined import joined
 from jlora.engine.pool_functions import (
-    joined,
     layers_of,
     part_of,
     replace_all,

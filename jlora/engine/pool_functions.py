@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jlora.engine.dora import magnitude_factor, merged_norms, slot_blocks
+from jlora.engine.joined import parted
 from jlora.model import AXIS, RowPool
 from jlora.projections import EMBED, HEAD, Projection
 
@@ -61,20 +62,6 @@ def part_of(row: Projection, shards: int) -> np.ndarray:
     """int32 [stored width]: the part of each stored column."""
     part_of_column = np.repeat(np.arange(len(row.parts)), [part.width for part in row.parts])
     return part_of_column[row.columns(shards)].astype(np.int32)
-
-
-def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Small arrays of int32 and float32 as one of int32: each that goes to a device takes time."""
-    return np.concatenate([one.reshape(-1).view(np.int32) for one in arrays])
-
-
-def parted(joined: Array, like: Sequence[Array | jax.ShapeDtypeStruct]) -> list[Array]:
-    """The opposite of `joined`, on the device. like: the shapes and dtypes of the arrays."""
-    ends = np.cumsum([one.size for one in like])[:-1].tolist()
-    return [
-        jax.lax.bitcast_convert_type(part.reshape(one.shape), one.dtype)
-        for part, one in zip(jnp.split(joined, ends), like, strict=True)
-    ]
 
 
 def replace_all(old: Sequence[Array], new: Array) -> list[Array]:

@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from jlora import kernels
 from jlora.config import ModelConfig
+from jlora.engine.joined import parted
 from jlora.engine.sampler import VARIANTS, TokenLogprobs, Variant, sample, token_logprobs
 from jlora.engine.state import (
     KV_LEN,
@@ -276,10 +277,10 @@ class StepPrograms:
         everywhere, weights, kv_spec = PartitionSpec(), self._param_specs, self.kv_spec
         if key[0] == "admit":
             new, at = admission([], self.config.max_num_seqs, self.config.history)
-            small = jax.tree.map(lambda x: self._array(x.shape, x.dtype), new)
-            return jax.jit(admit, donate_argnums=(0,), out_shardings=self.replicated).lower(
-                state, small, self._array(at.shape, at.dtype)
-            )
+            told = [*vars(new).values(), at]
+            placing = functools.partial(_admit, like=[self._array(x.shape, x.dtype) for x in told])
+            admitted = jax.jit(placing, donate_argnums=(0,), out_shardings=self.replicated)
+            return admitted.lower(state, self._array((sum(x.size for x in told),), np.int32))
         pool, pool_specs = (arrays.pool, self.pool_specs) if key[-1] else (None, None)
 
         def batch(seqs: int) -> jax.ShapeDtypeStruct:
@@ -327,6 +328,12 @@ class StepPrograms:
             *(("sample", n, variant, on) for n in seqs for variant in VARIANTS for on in vocab),
             *(("prompt", count, on) for count in tokens for on in vocab),
         ]
+
+
+def _admit(state: SeqState, told: Array, *, like: list[jax.ShapeDtypeStruct]) -> SeqState:
+    """told: `joined`, an `admission`. like: the shapes and dtypes of its arrays."""
+    *new, at = parted(told, like)
+    return admit(state, SeqState(*new), at)
 
 
 def kv_shape(model: ModelConfig, config: RunnerConfig, shards: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.hosts import Leader, agreed
+from jlora.engine.joined import joined
 from jlora.engine.programs import StepArrays, StepPrograms
 from jlora.engine.sampler import TokenLogprobs, Variant
 from jlora.engine.scheduler import Entry, Plan
@@ -145,8 +146,8 @@ class ModelRunner:
 
     def admit(self, new: SeqState, at: np.ndarray) -> None:
         """Fills the rows of sequences that begin, see `admission`."""
-        arguments = as_argument((new, at), self.programs.replicated)
-        self.state = self.compiled("admit")(self.state, *arguments)
+        told = as_argument(joined([*vars(new).values(), at]), self.programs.replicated)
+        self.state = self.compiled("admit")(self.state, told)
 
     def run(
         self,

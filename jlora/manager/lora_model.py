@@ -69,7 +69,7 @@ class LoRAModel:
         self.identity = identity or f"id:{lora_model_id}"
         self.fingerprint = self.identity  # of its files, where it has any (see file_fingerprint)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Names this adapter in this version."""
         return f"{self.id}:{self.identity}"
