@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
 
 import jax.numpy as jnp
@@ -72,15 +72,17 @@ class AdapterPool(PoolArrays):
         """
         super().compile()
         self._buffers = [self._new_buffers() for _ in range(self._config.max_staged_loras)]
+        places = Counter[tuple[int, ...]]()
         for row in pool_rows(self._modules, self._config):
             blocks = min(row_blocks(row, self._config), self._config.rank_blocks)
             for shape in self.block_shapes(row):
-                for buffers in self._buffers:
-                    buffers.reserve(shape, self._dtype)
-                if self._landings is not None:
-                    calls = self._modules.num_layers // shape[0] if row.per_layer else 1
-                    count = len(self._buffers) * blocks * calls
-                    self._landings.reserve(shape, self._dtype, count)
+                layers = self._modules.num_layers // shape[0] if row.per_layer else 1
+                places[shape] += len(self._buffers) * blocks * layers
+        for shape, count in places.items():
+            for buffers in self._buffers:
+                buffers.reserve(shape, self._dtype)
+            if self._landings is not None:
+                self._landings.reserve(shape, self._dtype, count)
 
     def _new_buffers(self) -> StagingBuffers:
         return StagingBuffers(self._pinned, self._landings)

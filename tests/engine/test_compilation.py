@@ -207,7 +207,7 @@ def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
     runner = roomy.llm_engine.runner
     memory = runner.compiled("forward", 16, lora).memory_analysis()
     kv = device_bytes(runner.kv)
-    assert memory.alias_size_in_bytes >= kv
+    assert memory.alias_size_in_bytes >= kv + device_bytes(runner.hidden)
     layers = roomy.llm_engine.model_config.num_layers
     slices = [kv // layers]
     if lora:
@@ -217,6 +217,30 @@ def test_a_step_copies_neither_pool_nor_kv(roomy, lora):
             for array in (row.a, row.b)
         ]
     assert memory.temp_size_in_bytes < min(slices)
+
+
+def test_what_stays_on_the_device_stays_where_it_is(warm, folder):
+    """While adapters of every rank come and go: XLA records graphs of steps, with addresses."""
+    runner = warm.llm_engine.runner
+
+    def addresses() -> list[int]:
+        arrays = runner.params, runner.kv, runner.hidden, runner.state, runner.pool.state
+        return [
+            shard.data.unsafe_buffer_pointer()
+            for array in jax.tree.leaves(arrays)
+            for shard in array.addressable_shards
+        ]
+
+    requests = [
+        LoRARequest(f"stay-{rank}", 60 + rank, str(folder / f"adapter-{rank}")) for rank in RANKS
+    ]
+    prompts = [{"prompt_token_ids": [5, 6, 7 + i]} for i in range(len(RANKS))]
+    before = addresses()
+    for params in (SamplingParams(max_tokens=4), SamplingParams(max_tokens=2, prompt_logprobs=1)):
+        evicted = warm.llm_engine.lora_stats().slot_evictions
+        warm.generate(prompts, params, lora_request=requests)
+        assert addresses() == before
+        assert warm.llm_engine.lora_stats().slot_evictions > evicted
 
 
 @pytest.mark.parametrize("variant", ["greedy", "random", "full"])

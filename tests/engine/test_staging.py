@@ -13,7 +13,8 @@ import pytest
 
 from jlora import LoRARequest, SamplingParams
 from jlora.engine import adapter_pool
-from jlora.engine.staging import StagingBuffers, pinned_memory
+from jlora.engine.pool_layout import staged_bytes
+from jlora.engine.staging import Landings, StagedAdapter, StagingBuffers, pinned_memory
 from jlora.manager import LRUCacheWorkerLoRAManager
 from jlora.projections import HEAD
 from tests.engine.tools import make_adapters, make_text_model, small_llm
@@ -60,6 +61,62 @@ def test_reserved_arrays_are_those_that_are_filled(pinned, monkeypatch):
     assert len(made) == (0 if pinned is None else 2)
     asked = [staging.empty((4, 4), np.float16) for _ in range(2)]
     assert len(made) == 2 and {id(one) for one in asked} == {id(one) for one in made}
+
+
+def test_blocks_arrive_where_blocks_were_that_have_been_written():
+    landings = Landings(jax.devices()[0])
+    staging = StagingBuffers(PINNED, landings)
+    landings.reserve((4, 8), np.float32, 2)
+    landings.reserve((4, 8), np.float32, 2)  # has them already
+    first, second = landings._kept[(4, 8), np.dtype(np.float32)]
+    sent = [staging.send(staging.empty((4, 8), np.float32), SHARDING) for _ in range(3)]
+    assert first.is_deleted() and second.is_deleted()
+    assert not any(array.is_deleted() for array in sent)
+    landings.keep(StagedAdapter({("q_proj", None, 0): (sent[0], sent[1], np.ones(1))}))
+    staging.send(staging.empty((4, 4), np.float32), SHARDING)  # of another kind
+    assert not any(array.is_deleted() for array in sent)
+    staging.send(staging.empty((4, 8), np.float32), SHARDING)
+    assert [array.is_deleted() for array in sent] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama3", {"r": 64, "target_modules": "all-linear"}),
+        (
+            "qwen3-moe",
+            {"r": 32, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        ),
+    ],
+    ids=["dense", "experts"],
+)
+def test_there_is_a_place_for_each_block_on_its_way(family, options, tmp_path, monkeypatch):
+    """For as many adapters as are staged at a time, in the memory that is set aside for them."""
+    monkeypatch.setattr(adapter_pool, "pinned_memory", lambda mesh: PINNED)
+    make_model(family, tmp_path / "model")
+    make_adapter(tmp_path / "model", tmp_path / "a", **options)
+    experts = {"lora_expert_blocks": 4} if family == "qwen3-moe" else {}
+    limits = {"max_lora_rank": 64, "max_staged_loras": 3, **experts}
+    engine = small_llm(tmp_path / "model", skip_tokenizer_init=True, **limits).llm_engine
+    engine.add_lora(LoRARequest("a", 1, str(tmp_path / "a")))
+    pool, adapter = engine.runner.pool, engine.lora.manager.get_adapter(1)
+    pool.compile()
+    kept = pool._landings._kept
+    total = sum(array.nbytes for arrays in kept.values() for array in arrays)
+    assert total <= staged_bytes(engine.modules, engine.lora_config, pool._dtype, 1)
+    blocks = pool.stage(adapter).blocks.values()
+    used = {(array.shape, array.dtype) for a, b, _ in blocks for array in (a, b)}
+    pool.compile()  # what has been used up is there again
+    staged = []
+    for _ in range(3):
+        assert all(kept[kind] for kind in used)
+        staged.append(pool.stage(adapter))
+    if family == "llama3":  # of the largest rank in every row: nothing is left
+        assert not any(kept.values())
+    left = {kind: len(kept[kind]) for kind in used}
+    pool._landings.keep(staged[0])
+    pool.stage(adapter)
+    assert {kind: len(kept[kind]) for kind in used} == left
 
 
 def test_only_a_single_gpu_has_memory_pinned_for_it():
