@@ -97,6 +97,8 @@ class AdapterPool(PoolArrays):
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
         try:
             with staging(self._hosts) as staged:
+                if self._landings is not None:
+                    self._landings.keep_after(staged)
                 for row in pool_rows(self._modules, self._config):
                     self._stage_row(lora, row, needs.get(row.name, 0), staged, buffers)
                 for feature in features:
@@ -185,9 +187,7 @@ class AdapterPool(PoolArrays):
             manager.put_back(writes)
             raise
         for write in writes:
-            written = staged.pop(write.lora.key, None)
-            if written is not None and self._landings is not None:
-                self._landings.keep(written)
+            staged.pop(write.lora.key, None)
 
     def _apply(
         self,

@@ -22,7 +22,15 @@ from jlora.engine.joined import joined
 from jlora.engine.programs import StepArrays, StepPrograms
 from jlora.engine.sampler import TokenLogprobs, Variant
 from jlora.engine.scheduler import Entry, Plan
-from jlora.engine.state import ADMIT_ROWS, SeqState, admission, empty_state, pack_batch, short
+from jlora.engine.state import (
+    ADMIT_ROWS,
+    PAGES,
+    SeqState,
+    admission,
+    empty_state,
+    pack_batch,
+    short,
+)
 from jlora.model import AdapterState, as_argument, place_on
 
 logger = logging.getLogger(__name__)
@@ -100,7 +108,32 @@ class ModelRunner:
             )
             found = dict(zip(keys, bar, strict=True))
         self._compiled.update({key: one or self._compile(key) for key, one in found.items()})
+        if self.config.implementation == "gpu":
+            self.run_all(keys)
         logger.info("compiled %d executables in %.1f s", len(keys), time.perf_counter() - start)
+
+    def run_all(self, keys: list[tuple]) -> None:
+        """Runs executables with nobody in the batch, twice: on a GPU XLA then records their graphs.
+
+        Else it would do so when they are first needed, and every sequence wait for 10 to 40 ms.
+        """
+        config = self.config
+        buckets = {config.seq_bucket(tokens): tokens for tokens in config.token_buckets}
+        for key in keys * 2:
+            match key:
+                case ("forward", tokens, lora):
+                    self._forward(self._nobody(tokens), tokens, lora)
+                case ("sample", seqs, variant, vocab):
+                    self._sample(self._nobody(buckets[seqs]), variant, vocab)
+                case ("prompt", tokens, vocab):
+                    self._score(self._nobody(tokens), tokens, vocab)
+                case _:
+                    self.admit(*admission([], config.max_num_seqs, config.history))
+        jax.block_until_ready(self.state)
+
+    def _nobody(self, tokens: int) -> np.ndarray:
+        shape = self.config.seq_bucket(tokens), PAGES + self.config.max_pages
+        return as_argument(np.zeros(shape, np.int32), self.programs.replicated)
 
     def _compile_beside_others(self, key: tuple) -> jax.stages.Compiled | None:
         """None when it failed, as it does when too many matmuls are tried out at the same time.
@@ -164,19 +197,30 @@ class ModelRunner:
         """
         batch = as_argument(batch, self.programs.replicated)
         vocab = lora and self._adapts_vocabulary
-        pool, head = self._pool(lora), self._pool(vocab)
-        forward = self.compiled("forward", tokens, lora)
-        self.kv, self.hidden = forward(self.params, pool, self.kv, self.hidden, self.state, batch)
         prompt, sampled, logprobs = None, None, None
+        self._forward(batch, tokens, lora)
         if prompt_logprobs:
-            score = self.compiled("prompt", tokens, vocab)
-            prompt = score(self.params, head, self.hidden, self.state, batch)
+            prompt = self._score(batch, tokens, vocab)
         if variant is not None:
-            sampler = self.compiled("sample", batch.shape[0], variant, vocab)
-            self.state, sampled, logprobs = sampler(
-                self.params, head, self.hidden, self.state, batch
-            )
+            sampled, logprobs = self._sample(batch, variant, vocab)
         return sampled, logprobs, prompt
+
+    def _forward(self, batch: Any, tokens: int, lora: bool) -> None:
+        forward, pool = self.compiled("forward", tokens, lora), self._pool(lora)
+        arguments = self.params, pool, self.kv, self.hidden, self.state, batch
+        self.kv, self.hidden = forward(*arguments)
+
+    def _score(self, batch: Any, tokens: int, vocab: bool) -> TokenLogprobs:
+        score, pool = self.compiled("prompt", tokens, vocab), self._pool(vocab)
+        return score(self.params, pool, self.hidden, self.state, batch)
+
+    def _sample(
+        self, batch: Any, variant: Variant, vocab: bool
+    ) -> tuple[jax.Array, TokenLogprobs | None]:
+        sampler, pool = self.compiled("sample", batch.shape[0], variant, vocab), self._pool(vocab)
+        arguments = self.params, pool, self.hidden, self.state, batch
+        self.state, tokens, logprobs = sampler(*arguments)
+        return tokens, logprobs
 
 
 def _zeros(described: jax.ShapeDtypeStruct) -> jax.Array:

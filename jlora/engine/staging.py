@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,9 +63,12 @@ class Landings:
         kept = self._kept.setdefault((shape, np.dtype(dtype)), [])
         kept += [jnp.zeros(shape, dtype, device=self._device) for _ in range(count - len(kept))]
 
-    def keep(self, adapter: StagedAdapter) -> None:
-        """Keeps the memory of an adapter's blocks, which nobody reads any more."""
-        for a, b, _ in adapter.blocks.values():
+    def keep_after(self, adapter: StagedAdapter) -> None:
+        """Keeps the memory of an adapter's blocks when all have let go of the adapter."""
+        weakref.finalize(adapter, self._keep, adapter.blocks).atexit = False
+
+    def _keep(self, blocks: dict[tuple, StagedBlock]) -> None:
+        for a, b, _ in blocks.values():
             for array in (a, b):
                 self._kept.setdefault(_kind(array), []).append(array)
 

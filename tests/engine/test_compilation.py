@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import shutil
+import types
 import weakref
 from collections.abc import Iterator
 
@@ -243,6 +244,27 @@ def test_what_stays_on_the_device_stays_where_it_is(warm, folder):
         assert warm.llm_engine.lora_stats().slot_evictions > evicted
 
 
+def test_running_with_nobody_changes_nothing(warm, folder):
+    """As warm-up does on a GPU; while a sequence of this engine is in the midst of its answer."""
+    engine, runner = warm.llm_engine, warm.llm_engine.runner
+    request = LoRARequest("nobody", 70, str(folder / "adapter-4"))
+    params = SamplingParams(temperature=0, max_tokens=12)
+    (expected,) = warm.generate({"prompt_token_ids": [5, 6, 7]}, params, lora_request=request)
+    engine.add_request("one", {"prompt_token_ids": [5, 6, 7]}, params, lora_request=request)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step() or outputs
+        if outputs and len(outputs[0].outputs[0].token_ids) == 4:
+            before = jax.device_get((runner.kv, runner.state, runner.pool.state))
+            with compilations() as events:
+                runner.run_all(runner.executables())
+            assert events == []
+            after = jax.device_get((runner.kv, runner.state, runner.pool.state))
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert outputs[0].outputs[0].token_ids == expected.outputs[0].token_ids
+    assert len(expected.outputs[0].token_ids) == 12
+
+
 @pytest.mark.parametrize("variant", ["greedy", "random", "full"])
 def test_sampling_and_admission_write_in_place(roomy, variant):
     runner = roomy.llm_engine.runner
@@ -272,7 +294,8 @@ def test_a_block_is_written_in_place(roomy, dtype):
 def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, words, monkeypatch):
     """Trying out matmuls takes device memory, and several functions are compiled at a time."""
     runner = ModelRunner.__new__(ModelRunner)
-    runner.pool, runner._compiled, calls = None, {}, []
+    runner.pool, runner._compiled, calls, ran = None, {}, [], []
+    runner.config = types.SimpleNamespace(implementation="gpu")
     done = jax.jit(lambda x: x).lower(1).compile()
 
     def compile_one(key):
@@ -283,6 +306,7 @@ def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, words,
 
     monkeypatch.setattr(runner, "executables", lambda: [("a",), ("b",), ("c",)])
     monkeypatch.setattr(runner, "_compile", compile_one)
+    monkeypatch.setattr(runner, "run_all", ran.extend)
     if again:
         with pytest.raises(jax.errors.JaxRuntimeError, match=words):
             runner.warm_up(progress=False)
@@ -290,6 +314,7 @@ def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, words,
     runner.warm_up(progress=False)
     assert runner._compiled == {("a",): done, ("b",): done, ("c",): done}
     assert calls.count(("b",)) == 2
+    assert ran == [("a",), ("b",), ("c",)]
 
 
 @pytest.fixture

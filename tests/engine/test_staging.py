@@ -72,7 +72,12 @@ def test_blocks_arrive_where_blocks_were_that_have_been_written():
     sent = [staging.send(staging.empty((4, 8), np.float32), SHARDING) for _ in range(3)]
     assert first.is_deleted() and second.is_deleted()
     assert not any(array.is_deleted() for array in sent)
-    landings.keep(StagedAdapter({("q_proj", None, 0): (sent[0], sent[1], np.ones(1))}))
+    adapter = StagedAdapter()
+    landings.keep_after(adapter)
+    adapter.blocks["q_proj", None, 0] = sent[0], sent[1], np.ones(1)
+    staging.send(staging.empty((4, 8), np.float32), SHARDING)
+    assert not any(array.is_deleted() for array in sent)
+    del adapter
     staging.send(staging.empty((4, 4), np.float32), SHARDING)  # of another kind
     assert not any(array.is_deleted() for array in sent)
     staging.send(staging.empty((4, 8), np.float32), SHARDING)
@@ -114,8 +119,8 @@ def test_there_is_a_place_for_each_block_on_its_way(family, options, tmp_path, m
     if family == "llama3":  # of the largest rank in every row: nothing is left
         assert not any(kept.values())
     left = {kind: len(kept[kind]) for kind in used}
-    pool._landings.keep(staged[0])
-    pool.stage(adapter)
+    del staged[1]
+    staged.append(pool.stage(adapter))
     assert {kind: len(kept[kind]) for kind in used} == left
 
 
