@@ -221,27 +221,33 @@ def add_and_norm(
 
 def grouped_matmul(
     x: Float[Array, "rows d_in"],
-    w: Float[Array, "experts d_in d_out"],
+    w: Float[Array, "experts d_in d_out"] | Float[Array, "experts d_out d_in"],
     group_sizes: Int[Array, " experts"],
     *,
+    transpose_rhs: bool = False,
     implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
     """x[r] @ w[expert of row r], for rows sorted by expert.
 
     group_sizes: int32, the rows of each expert, zero or more; they sum to `rows` at most.
-    w: in x's dtype, or in what `storage_dtype` makes of it.
+    w: in x's dtype, or in what `storage_dtype` makes of it. transpose_rhs: w is [experts, d_out,
+    d_in]. A TPU wants the last axis in whole lanes of 128: else XLA copies all of w.
     Sums are float32, the result has x's dtype. An expert without rows is not read, and what an
     expert or a row holds stays with its own rows: NaN and infinity do not spread to others. The
     rows past the sum of the sizes are padding: they may hold anything, and their result is 0.
     """
     match _resolve(implementation):
         case "gpu":
-            return grouped_gpu.grouped_matmul_gpu(x, w, group_sizes, interpret=interpret)
+            return grouped_gpu.grouped_matmul_gpu(
+                x, w, group_sizes, transpose_rhs=transpose_rhs, interpret=interpret
+            )
         case "tpu":
-            return grouped_tpu.grouped_matmul_tpu(x, w, group_sizes, interpret=interpret)
+            return grouped_tpu.grouped_matmul_tpu(
+                x, w, group_sizes, transpose_rhs=transpose_rhs, interpret=interpret
+            )
         case _:
-            return grouped.grouped_matmul_xla(x, w, group_sizes)
+            return grouped.grouped_matmul_xla(x, w, group_sizes, transpose_rhs=transpose_rhs)
 
 
 def storage_dtype(dtype: Any, *, implementation: Implementation | None = None) -> jnp.dtype:

@@ -52,15 +52,17 @@ def row_tiles(group_sizes: Int[Array, " experts"], rows: int, tile: int) -> RowT
 
 def grouped_matmul_xla(
     x: Float[Array, "rows d_in"],
-    w: Float[Array, "experts d_in d_out"],
+    w: Float[Array, "experts d_in d_out"] | Float[Array, "experts d_out d_in"],
     group_sizes: Int[Array, " experts"],
+    *,
+    transpose_rhs: bool = False,
 ) -> Float[Array, "rows d_out"]:
     """See `jlora.kernels.grouped_matmul`. One tile of one expert's rows at a time.
 
     On a CPU XLA computes `jax.lax.ragged_dot` for all rows and experts: 128 experts and 128 rows
     took 17 times as long.
     """
-    rows, (experts, _, d_out) = x.shape[0], w.shape
+    rows, experts, d_out = x.shape[0], w.shape[0], w.shape[1 if transpose_rhs else 2]
     # A mean group's worth: small tiles waste no work on few rows, large ones copy w less often.
     tile = min(max(8, 1 << (rows // experts).bit_length() >> 1), 64)
     tiles = row_tiles(group_sizes, rows, tile)
@@ -68,9 +70,10 @@ def grouped_matmul_xla(
 
     def one_tile(index, out):
         first = tiles.first[index]
-        new = jnp.dot(
+        new = jax.lax.dot_general(
             jax.lax.dynamic_slice_in_dim(x, first, tile),
             jax.lax.dynamic_index_in_dim(w, tiles.expert[index], keepdims=False),
+            (((1,), (1 if transpose_rhs else 0,)), ((), ())),
             precision=dot_precision(w.dtype),
             preferred_element_type=jnp.float32,
         ).astype(x.dtype)

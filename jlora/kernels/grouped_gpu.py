@@ -36,9 +36,8 @@ class GroupedConfig:
     num_stages: int
 
     @staticmethod
-    def choose(rows: int, w_shape: tuple[int, ...], itemsize: int):
+    def choose(rows: int, experts: int, d_in: int, d_out: int, itemsize: int):
         """Few rows an expert: bound by reading w, so narrow tiles and more loads under way."""
-        experts, d_in, d_out = w_shape
         mean = pl.next_power_of_2(pl.cdiv(rows, experts))
         block_m = min(max(mean, SMALLEST_TILE), 128 if itemsize == 2 else 32)
         few = block_m == SMALLEST_TILE
@@ -54,7 +53,7 @@ class GroupedConfig:
 
 def _grouped_kernel(
     x_ref,  # [rows, d_in]
-    w_ref,  # [experts, d_in, d_out]
+    w_ref,  # [experts, d_in, d_out], or with transpose_rhs [experts, d_out, d_in]
     expert_ref,  # [tiles]; `experts` for rows of padding
     first_ref,  # [tiles]
     end_ref,  # [tiles]
@@ -62,9 +61,10 @@ def _grouped_kernel(
     out_ref,  # [rows, d_out]
     *,
     config: GroupedConfig,
+    transpose_rhs: bool,
 ):
     tile = pl.program_id(0)
-    experts, d_in, d_out = w_ref.shape
+    experts, (d_in, d_out) = w_ref.shape[0], (x_ref.shape[1], out_ref.shape[1])
     expert, first, end, real = expert_ref[tile], first_ref[tile], end_ref[tile], real_ref[0]
     rows = first + jnp.arange(config.block_m, dtype=jnp.int32)
     columns = pl.program_id(1) * config.block_n + jnp.arange(config.block_n, dtype=jnp.int32)
@@ -75,8 +75,9 @@ def _grouped_kernel(
         x = plgpu.load(
             x_ref.at[rows[:, None], k[None, :]], mask=mine & (k < d_in)[None, :], other=0.0
         )  # [block_m, block_k]
+        at = (k[:, None], columns[None, :])
         w = plgpu.load(
-            w_ref.at[expert, k[:, None], columns[None, :]],
+            w_ref.at[(expert, *(reversed(at) if transpose_rhs else at))],
             mask=(k < d_in)[:, None] & inside,
             other=0.0,
         )  # [block_k, block_n]
@@ -99,18 +100,20 @@ def _grouped_kernel(
 
 def grouped_matmul_gpu(
     x: Float[Array, "rows d_in"],
-    w: Float[Array, "experts d_in d_out"],
+    w: Float[Array, "experts d_in d_out"] | Float[Array, "experts d_out d_in"],
     group_sizes: Int[Array, " experts"],
     *,
+    transpose_rhs: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "rows d_out"]:
     """See `jlora.kernels.grouped_matmul`. Padding is walked as the rows of one expert more."""
-    rows, d_out = x.shape[0], w.shape[2]
-    config = GroupedConfig.choose(rows, w.shape, x.dtype.itemsize)
+    (rows, d_in), (experts, *sizes) = x.shape, w.shape
+    d_out = sizes[0 if transpose_rhs else 1]
+    config = GroupedConfig.choose(rows, experts, d_in, d_out, x.dtype.itemsize)
     padding = rows - jnp.sum(group_sizes, dtype=jnp.int32)
     tiles = row_tiles(jnp.append(group_sizes, padding), rows, config.block_m)
     return pl.pallas_call(
-        functools.partial(_grouped_kernel, config=config),
+        functools.partial(_grouped_kernel, config=config, transpose_rhs=transpose_rhs),
         name="grouped_matmul",
         grid=(tiles.expert.shape[0], pl.cdiv(d_out, config.block_n)),
         out_shape=jax.ShapeDtypeStruct((rows, d_out), x.dtype),

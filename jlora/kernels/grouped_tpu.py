@@ -31,14 +31,15 @@ def tiling(d_in: int, d_out: int, itemsize: int) -> tuple[int, int, int]:
 
 def grouped_matmul_tpu(
     x: Float[Array, "rows d_in"],
-    w: Float[Array, "experts d_in d_out"],
+    w: Float[Array, "experts d_in d_out"] | Float[Array, "experts d_out d_in"],
     group_sizes: Int[Array, " experts"],
     *,
+    transpose_rhs: bool = False,
     interpret: bool | object = False,
 ) -> Float[Array, "rows d_out"]:
     """See `jlora.kernels.grouped_matmul`."""
     check_dtypes(x=x, w=w)
-    rows, (_, d_in, d_out) = x.shape[0], w.shape
+    (rows, d_in), d_out = x.shape, w.shape[1 if transpose_rhs else 2]
     # float32 means float32; `gmm` leaves the precision of its dot to this setting.
     with jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default"):
         out = gmm(
@@ -47,6 +48,7 @@ def grouped_matmul_tpu(
             group_sizes,
             preferred_element_type=x.dtype,
             tiling=tiling(d_in, d_out, w.dtype.itemsize),
+            transpose_rhs=transpose_rhs,
             interpret=interpret,
         )[:rows]
     # `gmm` leaves what is past the last group as it found it.

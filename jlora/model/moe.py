@@ -75,10 +75,16 @@ def combine(
 
 
 class ExpertLinear(nnx.Module):
-    """An expert row of the projection table: a matrix for each expert."""
+    """An expert row of the projection table: a matrix for each expert.
+
+    It is stored with the model's width last, which is whole lanes of a TPU; an expert's own width,
+    divided among devices, need not be.
+    """
 
     def __init__(self, row: Projection, shards: int, dtype: jnp.dtype) -> None:
-        shape = (row.experts, row.d_in, row.stored_width(shards))
+        matrix = (row.d_in, row.stored_width(shards))
+        self.transposed = row.shard == "out"
+        shape = (row.experts, *(reversed(matrix) if self.transposed else matrix))
         self.weight = nnx.Param(jnp.zeros(shape, dtype))
         self.name, self.experts, self.divided = row.name, row.experts, shards > 1
         self.part_widths = row.local_widths(shards)
@@ -92,7 +98,11 @@ class ExpertLinear(nnx.Module):
     ) -> Float[Array, "rows d_out"]:
         """x: the sorted rows. A row-parallel one gives this device's part of the sum."""
         y = kernels.grouped_matmul(
-            x, self.weight[...], rows.group_sizes, implementation=step.implementation
+            x,
+            self.weight[...],
+            rows.group_sizes,
+            transpose_rhs=self.transposed,
+            implementation=step.implementation,
         )
         if rows.adapters is None:
             return y

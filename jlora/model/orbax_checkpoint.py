@@ -1,8 +1,9 @@
 """A model's packed weights as an Orbax checkpoint, which any number of devices can read.
 
 Under `weights/` of a folder lie the arrays of `weight_table(config, 1)` as they are stored:
-fused, transposed, experts together, in the model's dtype, by their paths in `LoadedModel.params`.
-Devices pick their rows and columns of them, so nothing depends on how many there are.
+fused, experts together, in the model's dtype, by their paths in `LoadedModel.params`; transposed
+but for the experts' gate and up. Devices pick their rows and columns of them, so nothing depends
+on how many there are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jlora.model.weight_table import Weight, empty_part, swapped, weight_table
 from jlora.orbax_files import OrbaxFiles, is_orbax_checkpoint
 
 FOLDER = "weights"
-LAYOUT = 1  # changes whenever these arrays would mean something else
+LAYOUT = 2  # changes whenever these arrays would mean something else
 
 
 def has_orbax_weights(folder: Path) -> bool:
@@ -75,7 +76,7 @@ class OrbaxCheckpoint:
     def _part(self, weight: Weight, index: tuple[slice, ...]) -> np.ndarray:
         """What one device holds of a weight."""
         array = self._files[keys_of(weight)]
-        axis = len(index) - 1 if weight.transposed else 0  # of the rows
+        axis = len(index) - 1 if weight.transposed else weight.rows_axis
         parts = [
             ((slice(None),) * axis + (place,), (*index[:axis], rows, *index[axis + 1 :]))
             for place, rows in weight.runs(index[axis])
@@ -88,9 +89,9 @@ class OrbaxCheckpoint:
         """A tensor by Hugging Face's name, in its layout. Raises KeyError for an unknown one."""
         weight, source = self._sources[name]
         rows = slice(source.start, source.start + source.shape[0])
-        if not weight.transposed:
-            return self._files[keys_of(weight)][rows]
         expert = () if source.expert is None else (source.expert,)
+        if not weight.transposed:
+            return self._files[keys_of(weight)][(*expert, rows)]
         return np.ascontiguousarray(self._files[keys_of(weight)][(*expert, slice(None), rows)].T)
 
     @functools.cached_property

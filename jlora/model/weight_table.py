@@ -178,8 +178,10 @@ def _projection_weights(
     d_in, out = (AXIS if row.shard == shard else None for shard in ("in", "out"))
     front, spec_front = ((row.experts,), (None,)) if row.experts else ((), ())
     shape, spec = (*front, rows, row.d_in), PartitionSpec(*spec_front, d_in, out)
+    transposed = not (row.experts and row.shard == "out")  # see ExpertLinear
+    spec = spec if transposed else swapped(spec)
     at = ("layers", layer, "attention" if row.module == "self_attn" else "mlp", row.name)
-    table = [Weight((*at, "weight"), tuple(weights), shape, spec, order, True)]
+    table = [Weight((*at, "weight"), tuple(weights), shape, spec, order, transposed)]
     if row.bias:
         spec = PartitionSpec(out) if out else WHOLE
         table.append(Weight((*at, "bias"), tuple(biases), (rows,), spec, order))

@@ -30,16 +30,17 @@ SHAPE = {
 }
 MODELS = {
     "dense": lambda: transformers.LlamaConfig(hidden_size=1024, intermediate_size=2048, **SHAPE),
-    "moe": lambda: transformers.Qwen3MoeConfig(
-        hidden_size=512,
-        head_dim=128,
-        moe_intermediate_size=256,
-        num_experts=16,
-        num_experts_per_tok=4,
-        **SHAPE,
-    ),
+    "moe": lambda: mixture(16, 256),
+    "narrow": lambda: mixture(128, 192),
 }
 ROWS = {"dense": 4, "moe": 5}  # of the projection table
+
+
+def mixture(experts: int, width: int) -> transformers.Qwen3MoeConfig:
+    sizes = {"num_experts": experts, "moe_intermediate_size": width, "num_experts_per_tok": 4}
+    return transformers.Qwen3MoeConfig(hidden_size=512, head_dim=128, **sizes, **SHAPE)
+
+
 # What may have an array as its result without being a copy of it; kernels write in place.
 IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "tpu_custom_call"}
 
@@ -80,6 +81,16 @@ def test_step_has_the_kernels_that_were_meant_and_copies_nothing(chip, model, de
         base = aot.compile_step(programs, arrays, ("forward", TOKENS, False))
         assert aot.kernels_of(aot.instructions(base))["lora_shrink"] == 0
         assert aot.collectives_of(aot.instructions(base)) == aot.collectives_of(program) != {}
+
+
+def test_narrow_experts_are_not_copied():
+    """Of 96 columns on each of two devices, as Qwen3-30B-A3B has on eight."""
+    programs, arrays = step("narrow", "v6e", 2)
+    program = aot.instructions(aot.compile_step(programs, arrays, ("forward", TOKENS, True)))
+    experts = {leaf.shape: local(leaf) for leaf in arrays.params if len(leaf.shape) == 3}
+    assert sorted(leaf.shape for leaf in experts.values()) == [(128, 96, 512), (128, 192, 512)]
+    for leaf in experts.values():
+        assert aot.makers(program, leaf) <= IN_PLACE
 
 
 def test_adapters_add_no_collective_to_four_devices():

@@ -20,15 +20,20 @@ class GroupedCase:
     d_out: int = 128
     dtype: str = "bfloat16"
     padding: int = 0
+    transpose_rhs: bool = False
 
 
 def draw_grouped(case: GroupedCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> x [rows, d_in], w [experts, d_in, d_out] (NaN where no row goes), group_sizes."""
+    """-> x [rows, d_in], w [experts, d_in, d_out] (NaN where no row goes), group_sizes.
+
+    w is [experts, d_out, d_in] with transpose_rhs.
+    """
     rng, sizes = seeded(case.id), np.array(case.sizes, np.int32)
     x = rng.standard_normal((sizes.sum() + case.padding, case.d_in), np.float32)
     w = rng.standard_normal((len(sizes), case.d_in, case.d_out), np.float32) * case.d_in**-0.5
     x[sizes.sum() :] = np.nan
     w[sizes == 0] = np.nan
+    w = np.ascontiguousarray(np.swapaxes(w, 1, 2)) if case.transpose_rhs else w
     return x.astype(NUMPY_DTYPE[case.dtype]), w.astype(NUMPY_DTYPE[case.dtype]), sizes
 
 
@@ -46,7 +51,12 @@ def grouped_oracle(x: np.ndarray, w: np.ndarray, sizes: np.ndarray) -> np.ndarra
 def grouped_call(case: GroupedCase, implementation, interpret=False) -> Call:
     def multiply(x, w, group_sizes):
         return kernels.grouped_matmul(
-            x, w, group_sizes, implementation=implementation, interpret=interpret
+            x,
+            w,
+            group_sizes,
+            transpose_rhs=case.transpose_rhs,
+            implementation=implementation,
+            interpret=interpret,
         )
 
     return Call(multiply, draw_grouped(case))
@@ -57,6 +67,7 @@ def check_grouped(case: GroupedCase, implementation, interpret=False) -> None:
     out, (x, w, sizes) = np.asarray(run(call)), call.arguments
     assert out.dtype == x.dtype
     assert not out[sizes.sum() :].any()
+    w = np.swapaxes(w, 1, 2) if case.transpose_rhs else w
     assert_close(out, grouped_oracle(x, w, sizes), case.dtype)
 
 
@@ -84,5 +95,8 @@ GROUPED_CASES = [
     GroupedCase("prefill-8-experts", drawn_sizes(700, 8), 256, 640, "float16", padding=11),
     GroupedCase("skewed", drawn_sizes(512, 32, 1.5), 384, 256, padding=64),
     GroupedCase("decode-128-experts", drawn_sizes(256, 128), 128, 192),
+    GroupedCase("transposed", (5, 0, 17, 1, 16, 9), 256, 96, padding=3, transpose_rhs=True),
+    GroupedCase("transposed-f32", (7, 30, 0, 11), 600, 328, "float32", transpose_rhs=True),
+    GroupedCase("transposed-experts", drawn_sizes(256, 128), 256, 192, transpose_rhs=True),
     GroupedCase("mixtral-slice", drawn_sizes(512, 8), 1792, 512, "float32"),
 ]

@@ -182,11 +182,13 @@ MODELS = {  # heads, kv_heads, head_dim, options
 }
 
 
-EXPERTS = {  # shapes of w: experts, d_in, d_out
-    "mixtral-8x7b-up": (8, 4096, 28672),
+EXPERTS = {  # shapes of w: experts, then d_out, d_in of "up" (transpose_rhs), d_in, d_out of "down"
+    "mixtral-8x7b-up": (8, 28672, 4096),
     "mixtral-8x7b-down": (8, 14336, 4096),
-    "qwen3-30b-a3b-up": (128, 2048, 1536),
+    "qwen3-30b-a3b-up": (128, 1536, 2048),
     "qwen3-30b-a3b-down": (128, 768, 2048),
+    "qwen3-30b-a3b-up-on-8": (128, 192, 2048),
+    "qwen3-30b-a3b-down-on-8": (128, 96, 2048),
     "olmoe-up": (64, 2048, 2048),
     "olmoe-down": (64, 1024, 2048),
 }
@@ -270,9 +272,10 @@ def test_write_kv_compiles_for_serving(model, chip):
 @pytest.mark.parametrize("tokens", [256, pytest.param(16384, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_grouped_matmul_compiles_for_serving(experts, tokens, chip):
-    multiply = functools.partial(kernels.grouped_matmul, implementation="tpu")
-    shape = EXPERTS[experts]
-    x, w, sizes = S((tokens, shape[1]), BF16), S(shape, BF16), S(shape[:1], "int32")
+    up, shape = "up" in experts, EXPERTS[experts]
+    multiply = functools.partial(kernels.grouped_matmul, transpose_rhs=up, implementation="tpu")
+    d_in = shape[2 if up else 1]
+    x, w, sizes = S((tokens, d_in), BF16), S(shape, BF16), S(shape[:1], "int32")
     compiles_in_place(chip, multiply, x, w, sizes, donated=(), whole=(1,))
 
 
@@ -351,7 +354,14 @@ def test_write_kv_compiles(case, chip):
     tpu_compile.compile_for(chip, *flat(cases.write_call(case, "tpu")))
 
 
-COMPILED_GROUPED = ("one-row", "mixed-float32", "nothing-divides", "decode-64-experts")
+COMPILED_GROUPED = (
+    "one-row",
+    "mixed-float32",
+    "nothing-divides",
+    "decode-64-experts",
+    "transposed",
+    "transposed-experts",
+)
 
 
 @pytest.mark.parametrize("case", all_of(GROUPED, *COMPILED_GROUPED), ids=by_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -132,13 +133,16 @@ def test_lora(slots, widths, copied, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(8, 8), (0, 3, 0, 200, 53), (256,), (1,) * 40, (100, 0, 156)])
 @pytest.mark.parametrize("depth", [128, 384])
-def test_grouped(sizes, depth, monkeypatch):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped(sizes, depth, transposed, monkeypatch):
     monkeypatch.setattr(grouped_tpu, "DEPTH_TILE", 128)
     monkeypatch.setattr(grouped_tpu, "WEIGHT_BYTES", 128 * 128 * 2)
     rows = -(-sum(sizes) // 128) * 128
     x, w = jnp.ones((rows, depth), BF16), jnp.ones((len(sizes), depth, 256), BF16)
     groups = jnp.asarray(sizes, jnp.int32)
-    moved = walked(monkeypatch, lambda: grouped_tpu.grouped_matmul_tpu(x, w, groups))
+    w = jnp.swapaxes(w, 1, 2) if transposed else w
+    multiply = functools.partial(grouped_tpu.grouped_matmul_tpu, transpose_rhs=transposed)
+    moved = walked(monkeypatch, lambda: multiply(x, w, groups))
     expected = tpu_traffic.grouped(np.array(sizes), d_in=depth, d_out=256)
     assert moved == expected.pool + expected.blocks
 

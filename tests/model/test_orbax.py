@@ -184,7 +184,7 @@ def test_every_fault_is_listed(llama, tmp_path):
     with pytest.raises(ValueError, match="does not fit the configuration") as error:
         load(config, tmp_path / "bad")
     for fault in (
-        "its layout is 99, expected 1",
+        "its layout is 99, expected 2",
         "missing array norm.weight",
         "missing array layers.1.mlp.down.weight",
         "layers.0.attention.qkv.weight has shape [5, 7], expected [48, 160]",
@@ -230,7 +230,7 @@ def test_another_pytree_is_refused(llama, tmp_path):
     _, out, config = llama
     save(out, tmp_path / "other", {"params": {"x": np.ones(4)}}, {})
     with pytest.raises(
-        ValueError, match=r"layout is None, expected 1(.|\n)*unknown array params.x"
+        ValueError, match=r"layout is None, expected 2(.|\n)*unknown array params.x"
     ):
         load(config, tmp_path / "other")
 
