@@ -95,7 +95,8 @@ class LoRAConfig:
     lora_load_timeout: seconds after which one is given up. lora_retry_seconds: for how long
     requests for an adapter that could not be loaded are refused before it is tried again.
     max_staged_loras: adapters that are copied to the device ahead of the slot that they wait for,
-    each of which takes its size there meanwhile. max_lora_passes: sequences that may start before
+    each of which takes its size there meanwhile (on a single GPU room for the largest is kept for
+    each). max_lora_passes: sequences that may start before
     one that waits for a slot; then slots are emptied for it.
     """
 

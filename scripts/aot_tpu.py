@@ -103,10 +103,13 @@ def compile_job(job: Job) -> dict[str, Any]:
     where, model = SLICES[job.slice], describe_config(MODELS[job.model])
     mesh = aot.tpu_mesh(where.topology, where.devices)
     programs, arrays = aot.describe_step(model, job.sizes(), job.lora(), mesh)
-    resident = {
-        name: aot.local_bytes(part)
-        for name, part in (("weights", arrays.params), ("pool", arrays.pool), ("kv", arrays.kv))
+    parts = {
+        "weights": arrays.params,
+        "pool": arrays.pool,
+        "kv": arrays.kv,
+        "hidden": arrays.hidden,
     }
+    resident = {name: aot.local_bytes(part) for name, part in parts.items()}
     described, limit = describe_model(model, mesh), aot.hbm_limit(mesh)
     moved = step_traffic(model, described, where.devices, PAGE_SIZE, job.workload())
     record = {

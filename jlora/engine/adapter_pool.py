@@ -78,11 +78,11 @@ class AdapterPool(PoolArrays):
             for shape in self.block_shapes(row):
                 layers = self._modules.num_layers // shape[0] if row.per_layer else 1
                 places[shape] += len(self._buffers) * blocks * layers
-        for shape, count in places.items():
-            for buffers in self._buffers:
+        for buffers in self._buffers:
+            for shape in places:
                 buffers.reserve(shape, self._dtype)
-            if self._landings is not None:
-                self._landings.reserve(shape, self._dtype, count)
+        if self._landings is not None:
+            self._landings.reserve(places, self._dtype)
 
     def _new_buffers(self) -> StagingBuffers:
         return StagingBuffers(self._pinned, self._landings)
@@ -105,6 +105,7 @@ class AdapterPool(PoolArrays):
                     self._stage_feature(feature, staged)
                 buffers.wait()
         finally:
+            buffers.wait()  # after an error, too: when `staged` is let go of, its arrays may go
             self._buffers.append(buffers)
         return staged
 
@@ -177,7 +178,8 @@ class AdapterPool(PoolArrays):
         """Writes what the manager says must be written, and takes over its slot tables.
 
         staged: by LoRAModel.key, what `stage` has made; what has been written is taken out, and
-        what is not there is packed now. After an error everything is still to be written.
+        what is not there is packed now. After an error everything is still to be written; only an
+        interrupt between a write and its being noted leaves arrays that are gone.
         """
         writes, staged = manager.take_writes(), {} if staged is None else staged
         try:

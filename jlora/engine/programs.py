@@ -1,7 +1,7 @@
 """The jitted functions of a step, compiled for arrays or for descriptions of arrays.
 
-A step is `forward` (tokens to the hidden states that are sampled from) and `sample` (hidden states
-to tokens). They are compiled apart, since a forward is compiled for each token bucket with and
+A step is `forward` (tokens to their hidden states) and `sample` (the last tokens' hidden states to
+new tokens). They are compiled apart, since a forward is compiled for each token bucket with and
 without adapters, a sampler for each sequence bucket and variant: the sum of both, not the product.
 """
 

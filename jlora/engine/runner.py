@@ -27,11 +27,10 @@ from jlora.engine.state import (
     PAGES,
     SeqState,
     admission,
-    empty_state,
     pack_batch,
     short,
 )
-from jlora.model import AdapterState, as_argument, place_on
+from jlora.model import AdapterState, as_argument
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +72,7 @@ class ModelRunner:
         self.programs, self.config = programs, programs.config
         self.pool, self.hosts = pool, hosts
         self.kv, self.hidden = _zeros(programs.kv()), _zeros(programs.hidden())
-        empty = empty_state(self.config.max_num_seqs, self.config.history)
-        self.state: SeqState = place_on(empty, programs.replicated)
+        self.state: SeqState = jax.tree.map(_zeros, programs.state())
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     # -- compiling -------------------------------------------------------------------------
@@ -97,7 +95,7 @@ class ModelRunner:
         return self.programs.executables(self._adapts_vocabulary)
 
     def warm_up(self, progress: bool = True) -> None:
-        """Compiles every executable, several at a time."""
+        """Compiles every executable, several at a time, and on a GPU runs each."""
         start, keys = time.perf_counter(), self.executables()
         if self.pool is not None:
             self.pool.compile()
@@ -108,7 +106,7 @@ class ModelRunner:
             )
             found = dict(zip(keys, bar, strict=True))
         self._compiled.update({key: one or self._compile(key) for key, one in found.items()})
-        if self.config.implementation == "gpu":
+        if self.programs.mesh.devices.flat[0].platform == "gpu":
             self.run_all(keys)
         logger.info("compiled %d executables in %.1f s", len(keys), time.perf_counter() - start)
 

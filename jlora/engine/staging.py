@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,27 +56,39 @@ class Landings:
     """
 
     def __init__(self, device: jax.Device) -> None:
-        self._device = device
+        self._device, self._limit = device, 0
         self._kept: dict[tuple, list[jax.Array]] = {}
 
-    def reserve(self, shape: tuple[int, ...], dtype: Any, count: int) -> None:
-        """Takes memory for so many arrays of a kind."""
-        kept = self._kept.setdefault((shape, np.dtype(dtype)), [])
-        kept += [jnp.zeros(shape, dtype, device=self._device) for _ in range(count - len(kept))]
+    def reserve(self, places: Mapping[tuple[int, ...], int], dtype: Any) -> None:
+        """Takes memory for so many arrays of each shape; more than that is never kept."""
+        self._limit = 0
+        for shape, count in places.items():
+            kept = self._kept.setdefault((shape, np.dtype(dtype)), [])
+            kept += [jnp.zeros(shape, dtype, device=self._device) for _ in range(count - len(kept))]
+            self._limit += count * kept[0].nbytes
 
     def keep_after(self, adapter: StagedAdapter) -> None:
-        """Keeps the memory of an adapter's blocks when all have let go of the adapter."""
+        """Keeps the memory of an adapter's blocks from when all have let go of the adapter.
+
+        Nobody may use its arrays after that: they are deleted when others come.
+        """
         weakref.finalize(adapter, self._keep, adapter.blocks).atexit = False
 
     def _keep(self, blocks: dict[tuple, StagedBlock]) -> None:
-        for a, b, _ in blocks.values():
-            for array in (a, b):
+        room = self._limit - sum(one.nbytes for kept in [*self._kept.values()] for one in [*kept])
+        for array in (array for a, b, _ in blocks.values() for array in (a, b)):
+            if array.nbytes <= room:
+                room -= array.nbytes
                 self._kept.setdefault(_kind(array), []).append(array)
 
     def make_room(self, array: np.ndarray) -> None:
-        """Gives back what is kept of a kind: what is allocated next takes that place."""
-        if kept := self._kept.get(_kind(array)):
-            kept.pop().delete()
+        """Gives back what an array of the same kind had, else as many bytes of other kinds."""
+        missing = array.nbytes
+        for kept in (self._kept.get(_kind(array), []), *self._kept.values()):
+            while kept and missing > 0:
+                one = kept.pop()
+                missing -= one.nbytes
+                one.delete()
 
 
 class StagingBuffers:

@@ -78,7 +78,8 @@ class Copies(BackgroundLoads):
                 self.durations.add(seconds)
             else:
                 logger.error("could not copy adapter %s to the device: %s", key, error)
-                self.failed[str(key)] = as_exception(error)
+                # Without its traceback, whose frames hold what has been copied.
+                self.failed[str(key)] = as_exception(error).with_traceback(None)
 
     def on_their_way(self, adapter: Adapter) -> bool:
         """Whether copies of an adapter are missing, and nothing was wrong with them."""

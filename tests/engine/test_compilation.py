@@ -295,7 +295,9 @@ def test_warm_up_compiles_alone_what_found_no_memory_beside_others(again, words,
     """Trying out matmuls takes device memory, and several functions are compiled at a time."""
     runner = ModelRunner.__new__(ModelRunner)
     runner.pool, runner._compiled, calls, ran = None, {}, [], []
-    runner.config = types.SimpleNamespace(implementation="gpu")
+    device = types.SimpleNamespace(platform="gpu")
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    runner.programs = types.SimpleNamespace(mesh=mesh)
     done = jax.jit(lambda x: x).lower(1).compile()
 
     def compile_one(key):

@@ -13,6 +13,7 @@ import pytest
 
 from jlora import LoRARequest, SamplingParams
 from jlora.engine import adapter_pool
+from jlora.engine import staging as staging_module
 from jlora.engine.pool_layout import staged_bytes
 from jlora.engine.staging import Landings, StagedAdapter, StagingBuffers, pinned_memory
 from jlora.manager import LRUCacheWorkerLoRAManager
@@ -64,24 +65,77 @@ def test_reserved_arrays_are_those_that_are_filled(pinned, monkeypatch):
 
 
 def test_blocks_arrive_where_blocks_were_that_have_been_written():
-    landings = Landings(jax.devices()[0])
+    landings, kind = Landings(jax.devices()[0]), ((4, 8), np.dtype(np.float32))
     staging = StagingBuffers(PINNED, landings)
-    landings.reserve((4, 8), np.float32, 2)
-    landings.reserve((4, 8), np.float32, 2)  # has them already
-    first, second = landings._kept[(4, 8), np.dtype(np.float32)]
-    sent = [staging.send(staging.empty((4, 8), np.float32), SHARDING) for _ in range(3)]
+
+    def send() -> jax.Array:
+        sent = staging.send(staging.empty(*kind), SHARDING)
+        staging.wait()
+        return sent
+
+    landings.reserve({(4, 8): 2}, np.float32)
+    landings.reserve({(4, 8): 2}, np.float32)  # has them already
+    first, second = landings._kept[kind]
+    sent = [send() for _ in range(3)]
     assert first.is_deleted() and second.is_deleted()
     assert not any(array.is_deleted() for array in sent)
     adapter = StagedAdapter()
     landings.keep_after(adapter)
     adapter.blocks["q_proj", None, 0] = sent[0], sent[1], np.ones(1)
-    staging.send(staging.empty((4, 8), np.float32), SHARDING)
+    send()
     assert not any(array.is_deleted() for array in sent)
     del adapter
-    staging.send(staging.empty((4, 4), np.float32), SHARDING)  # of another kind
-    assert not any(array.is_deleted() for array in sent)
-    staging.send(staging.empty((4, 8), np.float32), SHARDING)
+    send()
     assert [array.is_deleted() for array in sent] == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_no_more_memory_is_kept_than_was_set_aside(dtype):
+    """Also of adapters in another dtype than the pool's, and of more than are staged at a time."""
+    landings = Landings(jax.devices()[0])
+    staging = StagingBuffers(PINNED, landings)
+    places = {(4, 8): 2, (16, 8): 2}
+    landings.reserve(places, np.float32)
+
+    def kept() -> int:
+        return sum(array.nbytes for arrays in landings._kept.values() for array in arrays)
+
+    most = kept()
+    for count in (1, 2, 5, 1):
+        adapter = StagedAdapter()
+        landings.keep_after(adapter)
+        for block in range(count):
+            a, b = (staging.send(staging.empty(shape, dtype), SHARDING) for shape in places)
+            staging.wait()
+            adapter.blocks["q_proj", None, block] = a, b, np.ones(1)
+        there = sum(a.nbytes + b.nbytes for a, b, _ in adapter.blocks.values())
+        assert kept() + there <= max(most, there)
+        a = b = None
+        del adapter
+        assert kept() <= most
+    assert kept() >= most / 2
+
+
+def test_a_copy_that_fails_hurts_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_pool, "pinned_memory", lambda mesh: PINNED)
+    make_text_model(tmp_path / "model")
+    make_adapters(tmp_path / "model", tmp_path, (8,))
+    engine = small_llm(tmp_path / "model").llm_engine
+    engine.add_lora(LoRARequest("a", 1, str(tmp_path / "adapter-8")))
+    pool, adapter = engine.runner.pool, engine.lora.manager.get_adapter(1)
+    pool.compile()
+    sends, real = itertools.count(1), staging_module._to_its_device
+
+    def send(*arguments):
+        if next(sends) == 5:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return real(*arguments)
+
+    monkeypatch.setattr(staging_module, "_to_its_device", send)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        pool.stage(adapter)
+    for _ in range(6):
+        pool.stage(adapter)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +174,7 @@ def test_there_is_a_place_for_each_block_on_its_way(family, options, tmp_path, m
         assert not any(kept.values())
     left = {kind: len(kept[kind]) for kind in used}
     del staged[1]
+    assert all(len(kept[kind]) > count for kind, count in left.items())
     staged.append(pool.stage(adapter))
     assert {kind: len(kept[kind]) for kind in used} == left
 
