@@ -162,6 +162,15 @@ def _generate(args: argparse.Namespace) -> int:
         name: LoRARequest(name, index, path)
         for index, (name, path) in enumerate(adapters.items(), start=1)
     }
+    options = _given(args, ENGINE)
+    if requests:
+        options = {"enable_lora": True, "max_loras": len(requests), **options}
+        options["lora_modules"] = list(requests.values())  # reserves what they need
+    options["enforce_eager"] = args.enforce_eager
+    # Prompts, too, are read by the first process only.
+    if args.distributed is not None and not _leads(args.distributed, options):
+        follow(EngineArgs.from_options(model=args.model, **options))
+        return 0
     common = _given(args, SAMPLING)
     if args.stop:
         common["stop"] = args.stop
@@ -180,14 +189,6 @@ def _generate(args: argparse.Namespace) -> int:
         loras.append(None if name is None else requests[name])
     if not prompts:
         raise ValueError("no prompts")
-    options = _given(args, ENGINE)
-    if requests:
-        options = {"enable_lora": True, "max_loras": len(requests), **options}
-        options["lora_modules"] = list(requests.values())  # reserves what they need
-    options["enforce_eager"] = args.enforce_eager
-    if args.distributed is not None and not _leads(args.distributed, options):
-        follow(EngineArgs.from_options(model=args.model, **options))
-        return 0
     llm = LLM(args.model, **options)
     outputs = llm.generate(prompts, params, lora_request=loras)
     with _output(args.out) as file:
@@ -281,8 +282,11 @@ def _record(output: Any) -> dict[str, Any]:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    import jax
+
     from jlora.model import convert_model
 
+    jax.config.update("jax_platforms", "cpu")  # leaves a TPU's chips to who serves
     convert_model(args.model, args.out, dtype=args.dtype, revision=args.revision)
     print(f"{args.out} holds the weights of {args.model}")
     return 0

@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,28 @@ class Skipped(Exception):
     """A check that says nothing here."""
 
 
+def said(error: Exception) -> str:
+    """What an error says, or where it was raised: a bare assert says nothing."""
+    text = str(error).strip()
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return text.splitlines()[0] if text else f"{frame.filename}:{frame.lineno} {frame.line}"
+
+
 class Checks:
     """Runs each check by its name; a check returns what it found or raises what is wrong."""
 
     def __init__(self, cpu: bool) -> None:
-        self.cpu, self.failed = cpu, 0
+        self.cpu, self.failed, self.passed = cpu, 0, 0
         self.platform = jax.devices()[0].platform
 
     def run(self, name: str, check: Callable[[], str]) -> None:
         try:
             verdict, text = "pass", check()
+            self.passed += 1
         except Skipped as why:
             verdict, text = "skip", str(why)
         except Exception as error:  # whatever it is, the other checks still tell something
-            verdict, text = "FAIL", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            verdict, text = "FAIL", f"{type(error).__name__}: {said(error)[:200]}"
             self.failed += 1
         print(f"{verdict:<5} {name:<14} {text}", flush=True)
 
@@ -109,7 +118,7 @@ class Checks:
             try:
                 check(case, "tpu", self.cpu)
             except Exception as error:
-                wrong.append(f"{case.id} ({str(error).splitlines()[0][:80]})")
+                wrong.append(f"{case.id} ({said(error)[:80]})")
         if wrong:
             raise AssertionError(f"{len(wrong)} of {len(every)} cases: {', '.join(wrong[:5])}")
         return f"{len(every)} cases" + (", interpreted" if self.cpu else "")
@@ -284,13 +293,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="the checks of these names")
     args = parser.parse_args()
     checks = Checks(args.cpu)
-    for name, check in checks.all():
-        if args.only is None or name in args.only:
+    every = dict(checks.all())
+    if unknown := set(args.only or ()) - set(every):
+        parser.error(f"no such checks: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    for name, check in every.items():
+        if args.only is None or name in {"devices", *args.only}:
             checks.run(name, check)
-        if name == "devices" and checks.platform != "tpu" and not args.cpu:
+        if name == "devices" and checks.failed:
             break  # the others would say nothing
-    if checks.failed:
-        sys.exit(f"{checks.failed} checks failed")
+    if checks.failed or not checks.passed:
+        sys.exit(f"{checks.failed} checks failed, {checks.passed} passed")
     print("all checks passed" + (" (no TPU was there)" if checks.platform != "tpu" else ""))
 
 

@@ -32,6 +32,23 @@ def test_kernels_on_a_cpu():
     assert lines[-1] == "all checks passed (no TPU was there)"
 
 
+def test_nothing_that_ran_is_no_success():
+    done = run("--only", "gmm", platforms="cpu")
+    assert done.returncode != 0 and "no TPU here" in done.stdout
+    done = run("--cpu", "--only", "lora_shrnk")
+    assert done.returncode != 0 and "no such checks: lora_shrnk" in done.stderr
+
+
+def test_what_a_bare_assert_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import check_tpu
+
+    for error, said in ((AssertionError(), "raise error"), (ValueError("\n\nx\ny"), "x")):
+        with pytest.raises(type(error)) as caught:
+            raise error
+        assert said in check_tpu.said(caught.value)
+
+
 @pytest.mark.slow
 def test_everything_on_a_cpu():
     done = run("--cpu")

@@ -154,3 +154,15 @@ def test_a_conversion_that_is_refused_says_why(capsys, tmp_path):
     assert main(["convert", str(ASSETS / "base"), str(tmp_path / "out"), "--dtype=int8"]) == 2
     assert "int8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_only_the_first_host_reads_prompts(monkeypatch):
+    followed = []
+    monkeypatch.setattr(jlora, "follow", followed.append)
+    monkeypatch.setattr("jlora.cli._leads", lambda where, options: False)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    base = str(ASSETS / "base")
+    assert main(["generate", base, lora("upper"), "--prompts=nowhere.jsonl", "--distributed"]) == 0
+    assert main(["generate", base, "--distributed"]) == 0
+    assert [args.model for args in followed] == [base, base]
+    assert [args.enable_lora for args in followed] == [True, False]

@@ -19,19 +19,24 @@ from jlora.manager.peft import (
     open_adapter,
     resolve_adapter_path,
 )
+from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.peft_values import CONFIG_NAME
-from jlora.manager.tensors import PREFIX, by_module
+from jlora.manager.tensors import PREFIX, Modules, by_module
 
 # What PEFT does not take for granted.
 _DEFAULTS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
+
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def export_adapter(path: str, out: str | Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, and a tokeniser that is there.
 
     path: a folder of PEFT's or with an Orbax checkpoint, or a Hub repository. out: a folder that
-    is not there yet, or empty; it appears when all is written. Names are checked; that they are of
-    some model's modules, and the shapes, are not. Raises AdapterError.
+    is not there yet, or empty; it appears when all is written. Names are checked, and that A and B
+    of a module are there and of the rank of the configuration; that they are of some model's
+    modules, and their widths, are not. Raises AdapterError.
     """
     name, target = f"adapter {path}", Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -42,11 +47,11 @@ def export_adapter(path: str, out: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        with open_adapter(folder, name) as (_, tensors):
+        with open_adapter(folder, name) as (helper, tensors):
             config = {**_DEFAULTS, **adapter_config(folder, name)}
-            by_module(tensors, name)  # refuses names that are none
+            _check_ranks(by_module(tensors, name), helper, name)
             for key, tensor in tensors.items():
-                if not isinstance(tensor.dtype, np.dtype):
+                if str(tensor.dtype) not in _FLOATS:
                     raise AdapterError(
                         f"{name}: tensor {key} is {tensor.dtype}, expected a floating point dtype "
                         "(float32, float16 or bfloat16)"
@@ -64,3 +69,24 @@ def export_adapter(path: str, out: str | Path) -> None:
         os.replace(written, target)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _check_ranks(modules: Modules, helper: PEFTHelper, name: str) -> None:
+    """Raises for an A or B that is alone, or of another rank than the configuration's.
+
+    The experts of one array have their ranks beside each other, and are left to who serves them.
+    """
+    for module, kinds in modules.items():
+        a, b = kinds.get("lora_A"), kinds.get("lora_B")
+        if (a is None) != (b is None):
+            there, missing = ("lora_A", "lora_B") if b is None else ("lora_B", "lora_A")
+            raise AdapterError(f"{name}: {module} has {there} and no {missing}")
+        if a is None or b is None or "experts" in module.split("."):
+            continue
+        ranks, expected = (a.data.shape[0], b.data.shape[-1]), helper.rank(module)
+        if len(a.data.shape) != 2 or len(b.data.shape) != 2 or ranks != (expected, expected):
+            raise AdapterError(
+                f"{name}: lora_A {list(a.data.shape)} and lora_B {list(b.data.shape)} of {module} "
+                f"are not of rank {expected}, as the configuration has it; expected "
+                f"[{expected}, inputs] and [outputs, {expected}]"
+            )

@@ -23,8 +23,9 @@ from jlora.files import read_json
 from jlora.orbax_files import OrbaxError, OrbaxFiles, StoredArray, is_orbax_checkpoint
 
 ORBAX_CONFIG_NAME = "jlora_adapter.json"
-# Where a checkpoint may lie in an adapter's folder: itself, jlora's layout, a step of Tunix's.
-_PLACES = (".", "adapter", "model_params")
+# Where a checkpoint may lie in an adapter's folder: itself, jlora's layout, a step of Tunix's, of
+# Orbax' CheckpointManager, and what its save_pytree makes.
+_PLACES = (".", "adapter", "model_params", "default", "state", "pytree")
 LARGEST_CONFIG = 1 << 25  # bytes of a configuration
 _QWIX = re.compile(r"(?P<parameter>.+)_lora_(?P<which>[ab])")
 _WEIGHTS = ("w", "kernel")  # what Tunix's and Flax' modules call the matrix that was adapted

@@ -45,10 +45,11 @@ def mixture(experts: int, width: int) -> transformers.Qwen3MoeConfig:
 IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "tpu_custom_call"}
 
 
-def step(model: str, chip: str, devices: int):
+def step(model: str, chip: str, devices: int, fully_sharded: bool = False):
     """The functions of a step with 8 adapters, and what they work on."""
-    sizes = RunnerConfig(TOKENS, 512, 2048, 32, PAGES, 20, "tpu")
-    lora = LoRAConfig(max_loras=8, max_lora_rank=16, lora_expert_blocks=8 * (model == "moe"))
+    sizes = RunnerConfig(TOKENS, 512, 2048, 32, PAGES, 20, "tpu", fully_sharded)
+    experts = {"lora_expert_blocks": 8 * (model == "moe"), "fully_sharded_loras": fully_sharded}
+    lora = LoRAConfig(max_loras=8, max_lora_rank=16, **experts)
     mesh = aot.tpu_mesh(TOPOLOGIES[chip], devices)
     return aot.describe_step(model_config(MODELS[model]()), sizes, lora, mesh)
 
@@ -91,6 +92,19 @@ def test_narrow_experts_are_not_copied():
     assert sorted(leaf.shape for leaf in experts.values()) == [(128, 96, 512), (128, 192, 512)]
     for leaf in experts.values():
         assert aot.makers(program, leaf) <= IN_PLACE
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_fully_sharded_adapters_compile(model):
+    """Here the compiler has aborted the process; shrink's sums are further collectives."""
+    programs, arrays = step(model, "v6e", 2, fully_sharded=True)
+    with_, without = (
+        aot.collectives_of(
+            aot.instructions(aot.compile_step(programs, arrays, ("forward", TOKENS, lora)))
+        )
+        for lora in (True, False)
+    )
+    assert with_["all-reduce"][0] > without["all-reduce"][0]
 
 
 def test_adapters_add_no_collective_to_four_devices():

@@ -431,6 +431,39 @@ def test_a_refused_adapter_leaves_nothing(tmp_path):
     assert widths("model.layers.0.mlp.up_proj") == (HIDDEN, INNER)
 
 
+def rank_4(**changes):
+    """jlora's pytree of an adapter of rank 4 of one module; None: without that array."""
+    arrays = {"lora_a": np.ones((HIDDEN, 4), np.float32), "lora_b": np.ones((4, 32), np.float32)}
+    arrays = {name: one for name, one in (arrays | changes).items() if one is not None}
+    return {"model": {"layers": {"0": {"self_attn": {"q_proj": arrays}}}}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "config", "said"),
+    [
+        (rank_4(), {"lora_alpha": 4, "r": 8}, "are not of rank 8"),
+        (rank_4(lora_b=None), {"lora_alpha": 4}, "has lora_A and no lora_B"),
+        (rank_4(lora_b=np.ones((3, 32), np.float32)), {"lora_alpha": 4}, "are not of rank 4"),
+        (rank_4(lora_b=np.ones((4, 32), np.int8)), {"lora_alpha": 4}, "int8"),
+        (rank_4(lora_b=np.ones((4, 32), bool)), {"lora_alpha": 4}, "bool"),
+        (rank_4(lora_b=np.ones((4, 32), np.complex64)), {"lora_alpha": 4}, "complex64"),
+    ],
+    ids=["rank", "alone", "ranks", "int8", "bool", "complex"],
+)
+def test_what_is_no_adapter_is_not_exported(tree, config, said, tmp_path):
+    folder = write(tmp_path / "a", tree, config)
+    with pytest.raises(AdapterError, match=said):
+        export_adapter(str(folder), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("place", ["default", "state", "pytree"])
+def test_places_where_orbax_puts_a_step(place, tmp_path):
+    tensors = make_tensors(SOME)
+    folder = write(tmp_path / "a", ours(tensors), {"lora_alpha": 8, "r": 4}, place)
+    assert load(folder).loras
+
+
 def test_export_says_what_is_wrong_with_a_configuration(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
