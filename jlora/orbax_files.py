@@ -85,8 +85,13 @@ class OrbaxFiles(Mapping[tuple[str, ...], StoredArray]):
                 for entry in metadata["tree_metadata"].values()
             }
             empty = [path for path, value in keys.items() if value.get("skip_deserialize")]
+            strings = [
+                ".".join(path) for path, one in keys.items() if one["value_type"] == "string"
+            ]
         except (KeyError, TypeError, AttributeError) as error:
             raise OrbaxError(f"{folder / METADATA_NAME} is not Orbax's: {error!r}") from error
+        if strings:
+            raise OrbaxError(f"{folder} holds strings, expected arrays alone: {strings[:10]}")
         names = {path: ".".join(path) for path in keys if path not in empty}
         self._arrays = _open(folder, names, metadata)
 

@@ -431,6 +431,13 @@ def test_a_refused_adapter_leaves_nothing(tmp_path):
     assert widths("model.layers.0.mlp.up_proj") == (HIDDEN, INNER)
 
 
+def test_a_string_among_the_arrays_is_refused_by_name(tmp_path):
+    tree = {**ours(make_tensors(SOME)), "made": {"by": "hello"}}
+    folder = write(tmp_path / "a", tree, {"lora_alpha": 8})
+    with pytest.raises(AdapterError, match=r"holds strings.*made\.by"):
+        load(folder)
+
+
 def rank_4(**changes):
     """jlora's pytree of an adapter of rank 4 of one module; None: without that array."""
     arrays = {"lora_a": np.ones((HIDDEN, 4), np.float32), "lora_b": np.ones((4, 32), np.float32)}
