@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
 
 def first_line(error: Exception) -> str:
     """What an error says, short enough for another error."""
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def read_json(path: Path, largest: int) -> Any:

@@ -86,7 +86,7 @@ class OrbaxFiles(Mapping[tuple[str, ...], StoredArray]):
             }
             empty = [path for path, value in keys.items() if value.get("skip_deserialize")]
             strings = [
-                ".".join(path) for path, one in keys.items() if one["value_type"] == "string"
+                ".".join(path) for path, one in keys.items() if one.get("value_type") == "string"
             ]
         except (KeyError, TypeError, AttributeError) as error:
             raise OrbaxError(f"{folder / METADATA_NAME} is not Orbax's: {error!r}") from error

@@ -95,18 +95,17 @@ class AdapterPool(PoolArrays):
             buffers = self._new_buffers()
         needs = blocks_needed(lora, self._modules)
         features = feature_writes(lora, self._modules, self._config, 0, self._full(lora))[1]
-        try:
-            with staging(self._hosts) as staged:
-                if self._landings is not None:
-                    self._landings.keep_after(staged)
+        with staging(self._hosts) as staged:
+            if self._landings is not None:
+                self._landings.keep_after(staged)
+            try:
                 for row in pool_rows(self._modules, self._config):
                     self._stage_row(lora, row, needs.get(row.name, 0), staged, buffers)
                 for feature in features:
                     self._stage_feature(feature, staged)
-                buffers.wait()
-        finally:
-            buffers.wait()  # after an error, too: when `staged` is let go of, its arrays may go
-            self._buffers.append(buffers)
+            finally:
+                buffers.wait()  # after an error, too: when `staged` is let go of, its arrays may go
+                self._buffers.append(buffers)
         return staged
 
     def _full(self, lora: LoRAModel) -> dict[str, int]:

@@ -286,6 +286,7 @@ class StepPrograms:
         def batch(seqs: int) -> jax.ShapeDtypeStruct:
             return self._array((seqs, PAGES + self.config.max_pages), np.int32)
 
+        specs = (weights, pool_specs, everywhere, everywhere, everywhere)  # of sample and prompt
         match key:
             case ("forward", tokens, _):
                 function = functools.partial(self._forward, tokens=tokens)
@@ -296,13 +297,11 @@ class StepPrograms:
                 return forward.lower(params, pool, kv, hidden, state, rows)
             case ("sample", seqs, variant, _):
                 sampler = functools.partial(self._sample, variant=variant)
-                specs = (weights, pool_specs, everywhere, everywhere, everywhere)
                 mapped = self._sharded(sampler, specs, everywhere)
                 sampled = jax.jit(mapped, donate_argnums=(3,))
                 return sampled.lower(params, pool, hidden, state, batch(seqs))
             case ("prompt", tokens, _):
                 score = functools.partial(self._prompt_logprobs, tokens=tokens)
-                specs = (weights, pool_specs, everywhere, everywhere, everywhere)
                 mapped = self._sharded(score, specs, everywhere)
                 rows = batch(self.config.seq_bucket(tokens))
                 return jax.jit(mapped).lower(params, pool, hidden, state, rows)

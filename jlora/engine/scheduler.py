@@ -227,9 +227,8 @@ class Scheduler:
             adapter_id, request = sequence.adapter_id, sequence.request.lora_request
             if request is None or adapter_id is None:
                 continue
-            if adapter_id not in wanted:
-                wanted[adapter_id] = request
-            if sequence.passes >= limit and adapter_id not in late:
+            wanted.setdefault(adapter_id, request)
+            if sequence.passes >= limit:
                 late[adapter_id] = None
         on_their_way = self.lora.want(wanted)
         at_once = max(self.lora.lora_config.max_loras // 8, 1)

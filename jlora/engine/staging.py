@@ -51,8 +51,7 @@ class StagedAdapter:
 class Landings:
     """Memory of the device for what arrives there, which stays where it is between two arrivals.
 
-    Were it given back, a step's own memory would be now here, now there, and XLA would change
-    each kernel of the graph that it has recorded of a step: 5 ms for 600 of them.
+    Were it given back, the memory of a step would be now here, now there, see StepArrays.
     """
 
     def __init__(self, device: jax.Device) -> None:

@@ -83,15 +83,8 @@ class Copies(BackgroundLoads):
 
     def on_their_way(self, adapter: Adapter) -> bool:
         """Whether copies of an adapter are missing, and nothing was wrong with them."""
-        if self.stage is None:
-            return False
-        on_its_way = False
-        for lora, _ in adapter.components:  # asked of most of a long queue, at every step
-            if lora.key not in self.staged and not self._manager.is_resident(lora.key):
-                if lora.key in self.failed:
-                    return False
-                on_its_way = True
-        return on_its_way
+        missing = self.missing(adapter)
+        return bool(missing) and self.failed.keys().isdisjoint(lora.key for lora in missing)
 
     def are_there(self, adapter: Adapter) -> bool:
         """Whether an adapter can be written to the device. Raises what was wrong with a copy."""

@@ -21,13 +21,10 @@ from jlora.manager.peft import (
 )
 from jlora.manager.peft_config import PEFTHelper
 from jlora.manager.peft_values import CONFIG_NAME
-from jlora.manager.tensors import PREFIX, Modules, by_module
+from jlora.manager.tensors import PREFIX, Modules, by_module, require_float
 
 # What PEFT does not take for granted.
 _DEFAULTS = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
-
-
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def export_adapter(path: str, out: str | Path) -> None:
@@ -49,13 +46,10 @@ def export_adapter(path: str, out: str | Path) -> None:
     try:
         with open_adapter(folder, name) as (helper, tensors):
             config = {**_DEFAULTS, **adapter_config(folder, name)}
-            _check_ranks(by_module(tensors, name), helper, name)
-            for key, tensor in tensors.items():
-                if str(tensor.dtype) not in _FLOATS:
-                    raise AdapterError(
-                        f"{name}: tensor {key} is {tensor.dtype}, expected a floating point dtype "
-                        "(float32, float16 or bfloat16)"
-                    )
+            modules = by_module(tensors, name)
+            _check_ranks(modules, helper, name)
+            for tensor in (one for kinds in modules.values() for one in kinds.values()):
+                require_float(tensor, name)
             arrays = {
                 PREFIX + key.removeprefix(PREFIX): np.ascontiguousarray(tensor[...])
                 for key, tensor in tensors.items()

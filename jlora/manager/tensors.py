@@ -88,6 +88,15 @@ def by_module(tensors: Mapping[str, TensorLike], adapter: str) -> Modules:
     return modules
 
 
+def require_float(tensor: Tensor, adapter: str) -> None:
+    """Raises AdapterError for a dtype that is not served."""
+    if tensor.data.dtype not in _FLOATS:
+        raise AdapterError(
+            f"{adapter}: tensor {tensor.key} is {tensor.data.dtype}, expected a floating point "
+            "dtype (float32, float16 or bfloat16)"
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """What is read, and what it is checked against. adapter: its name, for messages.
@@ -119,15 +128,7 @@ class Source:
                 f"tensor {tensor.key} has shape {list(tensor.data.shape)}, expected {list(shape)} "
                 f"({why})"
             )
-        self.check_dtype(tensor)
-
-    def check_dtype(self, tensor: Tensor) -> None:
-        """Raises for a dtype that is not served."""
-        if tensor.data.dtype not in _FLOATS:
-            self.fail(
-                f"tensor {tensor.key} is {tensor.data.dtype}, expected a floating point dtype "
-                "(float32, float16 or bfloat16)"
-            )
+        require_float(tensor, self.adapter)
 
     def read(self, tensor: Tensor, scale: float = 1.0) -> np.ndarray:
         """The array, float64 as float32. Raises for numbers that the device cannot hold."""
