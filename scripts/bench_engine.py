@@ -120,6 +120,8 @@ class Bench:
             self.tags |= {"ranks": args.ranks}
         if args.dora or args.reserve or args.shape != "8b":
             self.tags |= {"dora": args.dora, "reserve": args.reserve, "shape": args.shape}
+        if args.tensor_parallel_size > 1:
+            self.tags |= {"devices": args.tensor_parallel_size, "fully_sharded": args.fully_sharded}
         model = folder / "model"
         write_model(model, args.shape)
         modules = ModuleMap(model_config(load_hf_config(str(model))))
@@ -148,6 +150,7 @@ class Bench:
                 "enable_lora_dora": args.dora or args.reserve,
                 "enable_lora_bias": args.reserve,
                 "lora_expert_blocks": args.adapters * (modules.config.num_experts > 0),
+                "fully_sharded_loras": args.fully_sharded,
             }
         if args.kernels:
             options["kernel_implementation"] = args.kernels
@@ -163,6 +166,7 @@ class Bench:
             enable_prefix_caching=args.context > 128,
             gpu_memory_utilization=args.gpu_memory_utilization,
             enforce_eager=args.eager,
+            tensor_parallel_size=args.tensor_parallel_size,
             use_tqdm=True,
             **options,
         )
@@ -290,6 +294,8 @@ def command_line(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, default=list(DECODE_BATCHES))
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.6)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--fully-sharded", action="store_true", help="fully_sharded_loras")
     parser.add_argument("--eager", action="store_true", help="compile on first use")
     parser.add_argument("--kernels", help="xla, gpu or tpu (default: by the device)")
     parser.add_argument("--out", help="JSON lines are appended here too")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
+from jlora.engine.memory import keep_gaps
 from tests.reference import Reference, special_kinds
 from tests.test_against_peft import (
     answer_batch,
@@ -63,3 +65,37 @@ def test_same_bits_twice(tmp_path):
     reference = Reference(model, adapters)
     first, second = (run_and_compare(llm, reference, adapters, seed=3) for _ in range(2))
     assert first.logprobs == second.logprobs
+
+
+def test_small_arrays_leave_large_memory_where_it_is():
+    device = jax.devices()[0]
+    walls = keep_gaps(device)
+    addresses, small = set(), []
+    for size in (300, 5_000, 70_000, 300):
+        large = jax.device_put(np.zeros(1 << 26, np.uint8), device)
+        addresses.add(large.unsafe_buffer_pointer())
+        large.delete()
+        small.append(jax.device_put(np.zeros(size, np.uint8), device))
+    assert len(addresses) == 1
+    assert all(not wall.is_deleted() for wall in walls)
+
+
+several = pytest.mark.skipif("len(jax.devices()) < 2", reason="there is one GPU")
+EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@several
+@pytest.mark.parametrize("fully", [False, True])
+@pytest.mark.parametrize("family", ["llama3.1", "gemma3", "mixtral"])
+def test_two_gpus(family, fully, tmp_path):
+    model, adapters = build(tmp_path, family, **EIGHT_HEADS)
+    llm = engine(model, tensor_parallel_size=2, fully_sharded_loras=fully, **MEMORY)
+    run_and_compare(llm, Reference(model, adapters), adapters)
+
+
+@several
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3-moe"])
+def test_every_kind_on_two_gpus(family, tmp_path):
+    model, adapters = build(tmp_path, family, special_kinds(family))
+    llm = every_kind(model, adapters, tensor_parallel_size=2, **MEMORY)
+    run_and_compare(llm, Reference(model, adapters), adapters)

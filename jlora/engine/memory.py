@@ -1,4 +1,4 @@
-"""How much of the device's memory the KV cache gets."""
+"""How much of the device's memory the KV cache gets, and what keeps the rest of it in order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora import kernels
 from jlora.config import EngineArgs, ModelConfig
@@ -16,6 +17,9 @@ from jlora.kernels import Implementation
 logger = logging.getLogger(__name__)
 CPU_KV_BYTES = 1 << 30  # a CPU has no memory of its own to fill
 MARGIN_BYTES = 256 << 20  # for what the compiler and the allocator need besides
+# Bytes of the gaps for small arrays and how many there are of each, 34 MB in all: the arrays that
+# a step is told and that it answers, and new sequences.
+GAPS = {256 << power: 16 if power <= 8 else 4 for power in range(15)}
 
 
 def reserve_fraction(fraction: float) -> None:
@@ -31,6 +35,22 @@ def reserve_fraction(fraction: float) -> None:
             )
     else:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.3f}")
+
+
+def keep_gaps(device: jax.Device) -> list[jax.Array]:
+    """Free memory in small pieces, for small arrays, while one keeps what this returns.
+
+    JAX gives an array the smallest free piece that holds it. If all are large, the batch of a step
+    takes a few kB of what the step before had for its temporaries, and those of the next step are
+    elsewhere; but a GPU replays graphs of addresses, see StepArrays.
+    """
+    gaps, walls = [], []
+    for size in [size for size, count in GAPS.items() for _ in range(count)]:
+        gaps.append(jax.device_put(np.zeros(size, np.uint8), device))
+        walls.append(jax.device_put(np.zeros(1, np.uint8), device))  # else the gaps would join
+    for gap in jax.block_until_ready(gaps):
+        gap.delete()
+    return jax.block_until_ready(walls)
 
 
 def page_bytes(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from jlora.engine.adapter_pool import AdapterPool
 from jlora.engine.hosts import Leader, agreed
 from jlora.engine.joined import joined
+from jlora.engine.memory import keep_gaps
 from jlora.engine.programs import StepArrays, StepPrograms
 from jlora.engine.sampler import TokenLogprobs, Variant
 from jlora.engine.scheduler import Entry, Plan
@@ -74,6 +75,8 @@ class ModelRunner:
         self.kv, self.hidden = _zeros(programs.kv()), _zeros(programs.hidden())
         self.state: SeqState = jax.tree.map(_zeros, programs.state())
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        here = [one for one in programs.mesh.local_devices if one.platform == "gpu"]
+        self._walls = [keep_gaps(device) for device in here]
 
     # -- compiling -------------------------------------------------------------------------
 
