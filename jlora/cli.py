@@ -55,6 +55,7 @@ ENGINE = {
     "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int,
     "tensor_parallel_size": int,
+    "enable_expert_parallel": bool,
     "block_size": int,
 }
 
@@ -62,7 +63,10 @@ ENGINE = {
 def _add_options(parser: Any, title: str, options: dict[str, type]) -> None:
     group = parser.add_argument_group(title)
     for name, kind in options.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, dest=name)
+        how: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            how = {"action": "store_true", "default": None}
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, **how)
 
 
 def _given(args: argparse.Namespace, options: dict[str, type]) -> dict[str, Any]:

@@ -256,6 +256,7 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False  # the weights of a token's experts sum to one
+    expert_parallel: bool = False  # devices have whole experts each, not a part of every one
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -285,6 +286,7 @@ class EngineArgs:
     max_num_batched_tokens 2048, block_size 32, the KV cache by the memory that is left
     (kv_cache_memory_bytes sets it directly, the way of a CPU). lora_modules: adapters that are
     loaded at the start; what they need is reserved besides what the other options say.
+    enable_expert_parallel: the devices divide the experts of a mixture among them, not each expert.
     lora_resolvers: who is asked, in this order, for an adapter that is known by name only.
     host_timeout: seconds without a sign of life after which one of several hosts is taken for lost.
     """
@@ -305,6 +307,7 @@ class EngineArgs:
     block_size: int | None = None
     enable_prefix_caching: bool | None = None
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     enforce_eager: bool = False
     skip_tokenizer_init: bool = False
     max_logprobs: int = 20
@@ -347,7 +350,12 @@ class EngineArgs:
                 f"load_format={self.load_format!r} is not supported; use one of "
                 f"{', '.join(LOAD_FORMATS)}"
             )
-        for name in ("enforce_eager", "skip_tokenizer_init", "enable_lora"):
+        for name in (
+            "enforce_eager",
+            "skip_tokenizer_init",
+            "enable_lora",
+            "enable_expert_parallel",
+        ):
             require_bool(name, getattr(self, name))
         if self.enable_prefix_caching is not None:
             require_bool("enable_prefix_caching", self.enable_prefix_caching)

@@ -43,8 +43,9 @@ class Projection:
     """A row of the table: parts share their input and lie beside each other in the output.
 
     shard: "out" divides the output among devices (column-parallel), "in" the input
-    (row-parallel; the outputs of the devices are summed), "none" nothing. experts: how many
-    matrices of this kind a layer has; 0 for a projection that is not one of experts.
+    (row-parallel; the outputs of the devices are summed), "experts" whole matrices
+    (expert-parallel), "none" nothing. experts: how many matrices of this kind a layer has; 0 for a
+    projection that is not one of experts. output_first: their weight is stored [d_out, d_in].
     per_layer: False for the two of the vocabulary, embed_tokens (whose input is a token id, of
     d_in possible ones) and lm_head. multiple: that a device's columns of each piece are padded to.
     """
@@ -53,8 +54,9 @@ class Projection:
     module: str
     parts: tuple[Part, ...]
     d_in: int
-    shard: Literal["out", "in", "none"]
+    shard: Literal["out", "in", "experts", "none"]
     experts: int = 0
+    output_first: bool = False
     per_layer: bool = True
     multiple: int = 1
 
@@ -62,6 +64,10 @@ class Projection:
     def bias(self) -> bool:
         """Whether any part has a bias; parts without one get zeros."""
         return any(part.bias for part in self.parts)
+
+    def local_experts(self, shards: int) -> int:
+        """How many of the experts are on one device."""
+        return self.experts // shards if self.shard == "experts" else self.experts
 
     def local_width(self, piece: Piece, shards: int) -> int:
         """Columns of a piece on one device; at least one unit, so few KV heads are on several."""
@@ -152,11 +158,22 @@ def _mlp_rows(config: ModelConfig) -> tuple[Projection, ...]:
 def _moe_rows(config: ModelConfig) -> tuple[Projection, ...]:
     hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
     gate_up = tuple(_part(name, inner, inner) for name in ("gate_proj", "up_proj"))
-    down = (_part("down_proj", hidden, 1),)
+    down, module = (_part("down_proj", hidden, 1),), "mlp.experts"
+    whole = config.expert_parallel
     return (
         Projection("router", "mlp", (_part("gate", experts, experts),), hidden, "none"),
-        Projection("experts_gate_up", "mlp.experts", gate_up, hidden, "out", experts),
-        Projection("experts_down", "mlp.experts", down, inner, "in", experts),
+        # An expert's own width, divided among devices, need not be whole lanes of a TPU, so it
+        # is last in neither.
+        Projection(
+            "experts_gate_up",
+            module,
+            gate_up,
+            hidden,
+            "experts" if whole else "out",
+            experts,
+            output_first=True,
+        ),
+        Projection("experts_down", module, down, inner, "experts" if whole else "in", experts),
     )
 
 
@@ -212,7 +229,11 @@ class Feature(enum.IntEnum):
 def check_shards(config: ModelConfig, shards: int, fully_sharded_loras: bool = False) -> None:
     """Raises when the model, or its adapters, cannot be divided among `shards` devices."""
     kv = config.num_kv_heads
+    if config.expert_parallel and not config.num_experts:
+        raise ValueError("enable_expert_parallel=True, but the model has no experts")
     inner = "moe_intermediate_size" if config.num_experts else "intermediate_size"
+    if config.expert_parallel:
+        inner = "num_experts"
     for name, size in (
         ("num_attention_heads", config.num_heads),
         (inner, getattr(config, inner)),

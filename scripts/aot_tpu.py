@@ -33,7 +33,7 @@ from step_traffic import Workload, one_hot_table, step_traffic
 from tpu_facts import CHIPS, MODELS, SLICES, describe_config
 from tqdm import tqdm
 
-from jlora.config import LoRAConfig
+from jlora.config import LoRAConfig, ModelConfig
 from jlora.engine import aot
 from jlora.engine.programs import RunnerConfig, StepArrays, StepPrograms
 from jlora.model import describe_model
@@ -47,7 +47,8 @@ JOB_BYTES = 6e9  # that a process compiling a 70B may take
 class Job:
     """A step of one model on one slice with so many adapters; experts: those of the experts too.
 
-    prefill: its tokens, or None for the decode step.
+    prefill: its tokens, or None for the decode step. expert_parallel: each device has whole
+    experts.
     """
 
     model: str
@@ -57,15 +58,21 @@ class Job:
     batch: int
     context: int
     prefill: int | None
+    expert_parallel: bool = False
 
     @property
     def name(self) -> str:
-        kind = "decode" if self.prefill is None else "prefill"
-        return f"{self.model} {self.slice} {self.adapters}{'e' if self.experts else ''} {kind}"
+        whole = " whole experts" if self.expert_parallel else ""
+        adapters = f"{self.adapters}{'e' if self.experts else ''}"
+        return f"{self.model}{whole} {self.slice} {adapters} {self.step}"
 
     @property
     def step(self) -> str:
         return "decode" if self.prefill is None else "prefill"
+
+    def config(self) -> ModelConfig:
+        model = describe_config(MODELS[self.model])
+        return dataclasses.replace(model, expert_parallel=self.expert_parallel)
 
     def lora(self) -> LoRAConfig | None:
         if not self.adapters:
@@ -100,7 +107,7 @@ class Job:
 def compile_job(job: Job) -> dict[str, Any]:
     """What a step takes, on each device."""
     jax.clear_caches()  # of the job before
-    where, model = SLICES[job.slice], describe_config(MODELS[job.model])
+    where, model = SLICES[job.slice], job.config()
     mesh = aot.tpu_mesh(where.topology, where.devices)
     programs, arrays = aot.describe_step(model, job.sizes(), job.lora(), mesh)
     parts = {
@@ -178,19 +185,22 @@ def rows_of(records: list[dict]) -> Iterator[list[str]]:
     """A row of the big table for each model, slice and number of adapters."""
     by_job: dict[tuple, dict[str, dict]] = {}
     for one in records:
-        key = (one["model"], one["slice"], one["adapters"], one["experts"])
+        whole = one.get("expert_parallel", False)
+        key = (one["model"], whole, one["slice"], one["adapters"], one["experts"])
         by_job.setdefault(key, {})[one["step"]] = one
     order = {name: at for at, name in enumerate([*MODELS, *SLICES])}
-    for key in sorted(by_job, key=lambda key: (order[key[0]], order[key[1]], *key[2:])):
+    for key in sorted(by_job, key=lambda key: (order[key[0]], key[1], order[key[2]], *key[3:])):
         steps = by_job[key]
         need, limit = (max(one[of] for one in steps.values()) for of in ("need", "limit"))
         over = (need - limit) / GIB
-        cells = [key[0], key[1], f"{key[2]}{' + experts' if key[3] else ''}"]
+        model, whole, where, adapters, experts = key
+        cells = [f"{model}{', whole experts' if whole else ''}", where]
+        cells.append(f"{adapters}{' + experts' if experts else ''}")
         cells += [f"{need / GIB:.1f}", "yes" if over <= 0 else f"no, by {over:.1f}"]
         if over > 0:
             yield cells + [""] * 7
             continue
-        base = by_job.get((key[0], key[1], 0, False), {}).get("decode")
+        base = by_job.get((model, whole, where, 0, False), {}).get("decode")
         yield cells + decode_cells(steps.get("decode"), base) + prefill_cells(steps)
 
 
@@ -264,13 +274,22 @@ def print_tables(path: Path) -> None:
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     return [
-        Job(model, where, int(count.rstrip("e")), count.endswith("e"), args.batch, args.context, at)
+        Job(
+            model,
+            where,
+            int(count.rstrip("e")),
+            count.endswith("e"),
+            args.batch,
+            args.context,
+            at,
+            args.expert_parallel,
+        )
         for model in args.models
         for where in args.chips
         for count in args.adapters
         for at in ([None] if "decode" in args.steps else [])
         + ([args.prefill] if "prefill" in args.steps else [])
-        if not count.endswith("e") or "num_experts" in MODELS[model]
+        if not (count.endswith("e") or args.expert_parallel) or "num_experts" in MODELS[model]
     ]
 
 
@@ -280,6 +299,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chips", nargs="+", choices=SLICES, default=list(SLICES))
     help_ = "how many; with an e, those of a mixture's experts too"
     parser.add_argument("--adapters", nargs="+", default=["0", "8", "32", "8e"], help=help_)
+    help_ = "mixtures only, with whole experts on each device"
+    parser.add_argument("--expert-parallel", action="store_true", help=help_)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--batch", type=int, default=32, help="sequences of a decode step")
     parser.add_argument("--context", type=int, default=2048, help="positions of each of them")
@@ -299,8 +320,8 @@ def default_processes() -> int:
 def missing(jobs: list[Job], out: Path) -> list[Job]:
     """The jobs that have no record in the file."""
     seen = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    fields = [field.name for field in dataclasses.fields(Job)]
-    done = {Job(**{name: one[name] for name in fields}) for one in seen}
+    fields = {field.name for field in dataclasses.fields(Job)}
+    done = {Job(**{name: one[name] for name in fields & one.keys()}) for one in seen}
     return [job for job in jobs if job not in done]
 
 

@@ -57,13 +57,22 @@ class StepTraffic(NamedTuple):
         return self.weights + self.kv + self.adapters
 
 
-def routed(model: ModelConfig, work: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Expert and slot of each row, sorted: experts are drawn evenly, which a real router is not."""
+def routed(model: ModelConfig, shards: int, work: Workload) -> tuple[np.ndarray, np.ndarray, int]:
+    """Expert and slot of each row, sorted, and how many experts there are on the device.
+
+    Experts are drawn evenly, which a real router does not do. Where devices have whole experts it
+    is the device whose experts are most in use; rows of others come last and are nobody's.
+    """
     rng, choices = np.random.default_rng(0), model.num_experts_per_tok
     chosen = np.argsort(rng.random((work.tokens, model.num_experts)), axis=1)[:, :choices]
     expert, slot = chosen.reshape(-1), np.repeat(work.slots(), choices)
+    experts = model.num_experts // (shards if model.expert_parallel else 1)
+    used = np.bincount(np.unique(expert) // experts)
+    own = expert - np.argmax(used) * experts
+    elsewhere = (own < 0) | (own >= experts)
+    expert, slot = np.where(elsewhere, experts, own), np.where(elsewhere, -1, slot)
     order = np.lexsort((slot, expert))
-    return expert[order], slot[order]
+    return expert[order], slot[order], experts
 
 
 def step_traffic(
@@ -73,13 +82,15 @@ def step_traffic(
     rows, layers = ModuleMap(model).projections, model.num_layers
     kv = _kv(model, shards, page_size, work) * layers
     experts, lora = Traffic(), Traffic()
-    expert, slot = routed(model, work) if model.num_experts else (np.empty(0), np.empty(0))
+    expert, slot, here = (
+        routed(model, shards, work) if model.num_experts else (np.empty(0), np.empty(0), 0)
+    )
     for row in rows:
         if row.name in EXPERT_ROWS:
-            sizes = np.bincount(expert, minlength=model.num_experts)
+            sizes = np.bincount(expert, minlength=here)[:here]
             d_in, widths = _local(row, shards)
             experts += tpu_traffic.grouped(sizes, d_in=d_in, d_out=sum(widths)) * layers
-            slots = np.where(slot < 0, -1, slot * model.num_experts + expert)
+            slots = np.where(slot < 0, -1, slot * here + expert)
         else:
             slots = work.slots()
         if work.adapters and (row.name not in EXPERT_ROWS or work.experts):
@@ -100,7 +111,7 @@ def _local(row: Projection, shards: int) -> tuple[int, tuple[int, ...]]:
 def lora_traffic(row: Projection, shards: int, slots: np.ndarray, adapters: int) -> Traffic:
     """Of shrink and expand of one projection in one layer."""
     d_in, widths = _local(row, shards)
-    counts, parts = np.ones(adapters * (row.experts or 1), int), len(row.parts)
+    counts, parts = np.ones(adapters * (row.local_experts(shards) or 1), int), len(row.parts)
     return tpu_traffic.shrink(slots, counts, d_in=d_in, parts=parts) + tpu_traffic.expand(
         slots, counts, part_widths=widths, parts=parts
     )

@@ -94,8 +94,11 @@ def test_two_gpus(family, fully, tmp_path):
 
 
 @several
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3-moe"])
-def test_every_kind_on_two_gpus(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "whole"), [("llama-bias", False), ("qwen3-moe", False), ("qwen3-moe", True)]
+)
+def test_every_kind_on_two_gpus(family, whole, tmp_path):
     model, adapters = build(tmp_path, family, special_kinds(family))
-    llm = every_kind(model, adapters, tensor_parallel_size=2, **MEMORY)
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": whole}
+    llm = every_kind(model, adapters, **options, **MEMORY)
     run_and_compare(llm, Reference(model, adapters), adapters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 
@@ -9,7 +10,7 @@ import jax
 import pytest
 
 from jlora.manager import pool_rows
-from tests.reference import FAMILIES, Reference, special_kinds
+from tests.reference import FAMILIES, Reference, adapter_kinds, special_kinds
 from tests.test_against_peft import (
     LENGTH_DEPENDENT,
     answer_batch,
@@ -80,6 +81,43 @@ def test_fully_sharded_adapters(family, devices, tmp_path):
             assert share * (devices if row.shard != "none" else 1) == array.nbytes
 
 
+# How a family calls the number of its experts, and their width, which eight devices do not divide.
+MIXTURES = {"mixtral": "num_local_experts", "qwen3-moe": "num_experts", "olmoe": "num_experts"}
+ODD = {"mixtral": "intermediate_size", "qwen3-moe": "moe_intermediate_size"}
+WHOLE_EXPERTS = {("qwen3-moe", 2, True), ("mixtral", 4, False)}
+
+
+@pytest.mark.parametrize(
+    ("family", "devices", "fully"),
+    [
+        pytest.param(*case, marks=() if case in WHOLE_EXPERTS else pytest.mark.slow)
+        for case in itertools.product(MIXTURES, (2, 4, 8), (False, True))
+    ],
+)
+def test_whole_experts_on_each_device(family, devices, fully, tmp_path):
+    changes = {**WIDE_OF.get(family, WIDE), MIXTURES[family]: 8}
+    if family in ODD:
+        changes[ODD[family]] = 20
+    of_experts = {k: v for k, v in special_kinds(family).items() if "target_parameters" in v}
+    assert of_experts
+    kinds = adapter_kinds(16, family) | of_experts
+    model, adapters = build(tmp_path, family, kinds, **changes)
+    options = {"tensor_parallel_size": devices, "fully_sharded_loras": fully}
+    llm = every_kind(model, adapters, enable_expert_parallel=True, **options)
+    run_and_compare(llm, Reference(model, adapters), adapters)
+    core = llm.llm_engine
+    weights = [array for array in core.runner.params if array.ndim == 3]
+    assert {array.addressable_shards[0].data.shape[0] for array in weights} == {8 // devices}
+    for row in pool_rows(core.modules, core.lora_config):
+        if row.experts:
+            pool = core.runner.pool.state.rows[row.name]
+            for array in (pool.a, pool.b):
+                assert array.addressable_shards[0].data.shape[2] == 8 // devices
+    writers = core.runner.pool._executables  # each device writes its own experts
+    written = [collectives(one) for key, one in writers.items() if key[0] == "blocks"]
+    assert written and not any(written)
+
+
 @pytest.mark.parametrize(
     ("family", "devices"),
     [
@@ -102,18 +140,29 @@ def collectives(executable: jax.stages.Compiled) -> Counter:
     return Counter((kind, shape) for shape, kind in re.findall(pattern, executable.as_text()))
 
 
-@pytest.mark.parametrize("family", ["llama3", "olmo2", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("family", "whole"),
+    [("llama3", False), ("olmo2", False), ("qwen3-moe", False), ("qwen3-moe", True)],
+)
 @pytest.mark.parametrize("fully", [False, True])
-def test_collectives_of_adapters(family, fully, tmp_path):
+def test_collectives_of_adapters(family, whole, fully, tmp_path):
     """None by default; fully sharded, a sum of h for each projection that devices share."""
     model, _ = build(tmp_path, family, {}, **WIDE)
-    llm = engine(model, tensor_parallel_size=4, fully_sharded_loras=fully, max_lora_rank=16)
+    llm = engine(
+        model,
+        tensor_parallel_size=4,
+        enable_expert_parallel=whole,
+        fully_sharded_loras=fully,
+        max_lora_rank=16,
+        lora_expert_blocks=2 * whole,
+    )
     runner = llm.llm_engine.runner
     base, lora = (collectives(runner.compiled("forward", 16, on)) for on in (False, True))
     assert sum(base.values()) >= 2 * llm.llm_engine.model_config.num_layers
     added = lora - base
     assert not base - lora
-    shared = [row for row in runner.pool.specs.rows if row != "router"]
+    apart = ("router", *(("experts_gate_up", "experts_down") if whole else ()))
+    shared = [row for row in runner.pool.specs.rows if row not in apart]
     if not fully:
         assert not added
     else:

@@ -145,7 +145,7 @@ class AdapterPool(PoolArrays):
     ) -> StagedBlock:
         """A block's a and b on their way to the devices of this host, and its scales."""
         a, b, scales = arrays
-        a_in, b_in = staged_specs(self.specs.rows[row.name])
+        a_in, b_in = staged_specs(row, self._config.fully_sharded_loras)
         return (
             buffers.send(a, NamedSharding(self._mesh, a_in)),
             buffers.send(b, NamedSharding(self._mesh, b_in)),

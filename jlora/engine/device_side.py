@@ -52,6 +52,7 @@ class Described:
 def read_model_config(args: EngineArgs) -> ModelConfig:
     """The model's, checked against the number of devices."""
     model = model_config(load_hf_config(args.model, args.revision), args.dtype)
+    model = dataclasses.replace(model, expert_parallel=args.enable_expert_parallel)
     check_shards(model, args.tensor_parallel_size, args.fully_sharded_loras)
     return model
 

@@ -73,7 +73,8 @@ def step_bytes(model: ModelConfig, tokens: int, seqs: int, shards: int) -> int:
     """An upper estimate of a step's temporaries: the widest activations, and logits to sort."""
     itemsize, hidden = jnp.dtype(model.dtype).itemsize, model.hidden_size
     if model.num_experts:  # a row for each expert of a token, its products in float32 at first
-        row = 4 * model.moe_intermediate_size // shards * (itemsize + 4) + 2 * hidden * itemsize
+        width = model.moe_intermediate_size // (1 if model.expert_parallel else shards)
+        row = 4 * width * (itemsize + 4) + 2 * hidden * itemsize
         token = model.num_experts_per_tok * (row + 3 * hidden * 4) + 6 * hidden * itemsize
     else:
         token = (4 * model.intermediate_size // shards + 6 * hidden) * itemsize

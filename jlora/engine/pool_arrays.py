@@ -118,7 +118,7 @@ class PoolArrays:
 
     def _empty_block(self, row: Projection, dtype: np.dtype) -> StagedBlock:
         a, b = self.block_shapes(row)
-        a_in, b_in = staged_specs(self.specs.rows[row.name])
+        a_in, b_in = staged_specs(row, self._config.fully_sharded_loras)
         zeros = self._put(np.zeros(a, dtype), a_in), self._put(np.zeros(b, dtype), b_in)
         return *zeros, np.ones(a[:3], np.float32)
 
@@ -168,19 +168,31 @@ class PoolArrays:
             return
         small = []
         for one in blocks:
-            small += [
-                np.array([one.layer, one.block * (one.row.experts or 1)], np.int32),
-                one.scales,
-            ]
+            small += [np.array([one.layer, one.block], np.int32), one.scales]
         pools = [self.state.rows[name] for name in names]
-        specs = [self.specs.rows[name] for name in names]
+        specs = [(one.a, one.b) for one in (self.specs.rows[name] for name in names)]
+
+        def make() -> Callable:
+            function = functools.partial(
+                replace_blocks,
+                like=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in small],
+                part_of=[part_of(one.row, self._shards) for one in blocks],
+            )
+            fully = self._config.fully_sharded_loras
+            incoming = [staged_specs(one.row, fully) for one in blocks]
+            return jax.shard_map(
+                function,
+                mesh=self._mesh,
+                in_specs=(specs, WHOLE, incoming),
+                out_specs=specs,
+                check_vma=False,
+            )
+
         written = self._run(
             ("blocks", names, *dtypes),
-            lambda: functools.partial(
-                replace_blocks, part_of=[part_of(one.row, self._shards) for one in blocks]
-            ),
+            make,
             (0,),
-            [(one.a, one.b) for one in specs],
+            specs,
             [(one.a, one.b) for one in pools],
             joined(small),
             [(one.a, one.b) for one in blocks],

@@ -59,9 +59,10 @@ def layers_of(row: Projection) -> tuple[bool, bool]:
 
 
 def part_of(row: Projection, shards: int) -> np.ndarray:
-    """int32 [stored width]: the part of each stored column."""
-    part_of_column = np.repeat(np.arange(len(row.parts)), [part.width for part in row.parts])
-    return part_of_column[row.columns(shards)].astype(np.int32)
+    """int32: the part of each column that a device stores, [1] when there is only one part."""
+    if len(row.parts) == 1:
+        return np.zeros(1, np.int32)
+    return np.repeat(np.arange(len(row.parts), dtype=np.int32), row.local_widths(shards))
 
 
 def replace_all(old: Sequence[Array], new: Array) -> list[Array]:
@@ -80,17 +81,14 @@ def replace_blocks(
     small: Array,
     new: Sequence[Matrices],
     *,
+    like: Sequence[jax.ShapeDtypeStruct],
     part_of: Sequence[np.ndarray],
 ) -> list[Matrices]:
-    """The pools of some rows, each with one block replaced by the new one.
+    """One device's share of the pools of some rows, each with one block replaced by the new one.
 
-    small: joined, for each row: the first layer and the block (of the first expert), int32, and
-    the scales, float32 [layers, experts, parts]. part_of: of each row, see `part_of`.
+    small: joined, for each row: the first layer and the block, int32, and the scales, float32
+    [layers, experts, parts]. like: what these are. part_of: of each row, see `part_of`.
     """
-    like = []
-    for a, _ in new:
-        like += [jax.ShapeDtypeStruct((2,), jnp.int32)]
-        like += [jax.ShapeDtypeStruct(a.shape[:3], jnp.float32)]
     told = parted(small, like)
     each = zip(pools, told[::2], told[1::2], new, part_of, strict=True)
     return [
@@ -112,10 +110,22 @@ def _replace_block(
     new_a [layers, experts, parts, rank, d_in], new_b [layers, experts, d_out, rank]. The a of
     embed_tokens is [blocks, vocabulary, rank].
     """
-    first: tuple[Any, ...] = (at[0], at[1], 0, 0, 0)
+    first: tuple[Any, ...] = (at[0], at[1])
+    here = new_b.shape[1]
+    if here < scales.shape[1]:  # this device's experts
+        own = jax.lax.axis_index(AXIS) * here
+        scales = jax.lax.dynamic_slice_in_dim(scales, own, here, axis=1)
+    new_b = new_b.astype(jnp.float32) * scales[:, :, part_of][..., None]
+    new_b = jnp.swapaxes(new_b, 2, 3)  # [layers, experts, rank, d_out]
+    if b.ndim == 5:  # experts have an axis of their own there
+        new_a, new_b = (jnp.expand_dims(new, 1) for new in (new_a, new_b))
+    b = _update(b, new_b, first)
     if a.ndim == 3:
-        new_a, first = jnp.swapaxes(new_a[0, :, 0], 1, 2), (at[1], 0, 0)
-    a = jax.lax.dynamic_update_slice(a, new_a.astype(a.dtype), first)
-    scaled = new_b.astype(jnp.float32) * scales[:, :, part_of][..., None]
-    scaled = jnp.swapaxes(scaled, 2, 3).astype(b.dtype)  # [layers, experts, rank, d_out]
-    return a, jax.lax.dynamic_update_slice(b, scaled, (at[0], at[1], 0, 0))
+        new_a, first = jnp.swapaxes(new_a[0, :, 0], 1, 2), (at[1],)
+    return _update(a, new_a, first), b
+
+
+def _update(old: Array, new: Array, first: tuple[Any, ...]) -> Array:
+    """old with new, cast, from this place on and from 0 in the other axes."""
+    start = (*first, *(0,) * (old.ndim - len(first)))
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)

@@ -21,23 +21,38 @@ WHOLE = PartitionSpec()
 MATRIX = PartitionSpec(None, AXIS, None)  # of whole matrices, divided as the model's own
 
 
-def row_specs(
-    row: Projection, fully_sharded: bool
-) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """How A, B and what is per output (magnitudes, biases) of a row are divided.
+def _divided(row: Projection, fully_sharded: bool) -> tuple[str | None, str | None, str | None]:
+    """The mesh axes over which a row's experts, A's input and B's output lie.
 
     Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
     copy B. Fully sharded ones divide both, as far as they are of layers.
     """
-    both = fully_sharded and row.per_layer and row.shard != "none"
-    a = PartitionSpec(None, None, None, None, AXIS) if both or row.shard == "in" else WHOLE
-    b = PartitionSpec(None, None, None, AXIS) if both or row.shard == "out" else WHOLE
-    return a, b, PartitionSpec(None, None, AXIS) if row.shard == "out" else WHOLE
+    both = fully_sharded and row.per_layer and row.shard in ("in", "out")
+    return (
+        AXIS if row.shard == "experts" else None,
+        AXIS if both or row.shard == "in" else None,
+        AXIS if both or row.shard == "out" else None,
+    )
 
 
-def staged_specs(pool: RowPool) -> tuple[PartitionSpec, PartitionSpec]:
-    """How the arrays of BlockWrite.arrays are divided. pool: how those are that they go into."""
-    return pool.a, PartitionSpec(None, None, AXIS, None) if AXIS in pool.b else WHOLE
+def _spec(*axes: str | None) -> PartitionSpec:
+    return PartitionSpec(*axes) if any(axes) else WHOLE
+
+
+def row_specs(
+    row: Projection, fully_sharded: bool
+) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """How A, B and what is per output (magnitudes, biases) of a row are divided."""
+    experts, d_in, d_out = _divided(row, fully_sharded)
+    front = (None, None, *((experts,) if row.experts else ()))
+    per_output = _spec(None, None, AXIS if row.shard == "out" else None)
+    return _spec(*front, None, None, d_in), _spec(*front, None, d_out), per_output
+
+
+def staged_specs(row: Projection, fully_sharded: bool) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the arrays of BlockWrite.arrays are divided."""
+    experts, d_in, d_out = _divided(row, fully_sharded)
+    return _spec(None, experts, None, None, d_in), _spec(None, experts, d_out, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +95,21 @@ def _row_layout(
     row: Projection, modules: ModuleMap, config: LoRAConfig, dtype: jnp.dtype, shards: int
 ) -> RowPool:
     layers = modules.num_layers if row.per_layer else 1
-    blocks = row_blocks(row, config) * (row.experts or 1)
+    blocks = (row_blocks(row, config), *((row.experts,) if row.experts else ()))
     width, rank, specs = (
         row.stored_width(shards),
         LORA_BLOCK_RANK,
         row_specs(row, config.fully_sharded_loras),
     )
-    a: tuple[int, ...] = (layers, blocks, len(row.parts), rank, row.d_in)
+    a: tuple[int, ...] = (layers, *blocks, len(row.parts), rank, row.d_in)
     if row.name == EMBED:
-        a = (blocks, row.d_in, rank)
+        a = (*blocks, row.d_in, rank)
     vector = (layers, config.max_loras + 1, width)
     per_slot = row in feature_rows(modules, config)
     table = SlotMap(config.max_loras, config.max_blocks)
     return RowPool(
         Held(a, dtype, specs[0]),
-        Held((layers, blocks, rank, width), dtype, specs[1]),
+        Held((layers, *blocks, rank, width), dtype, specs[1]),
         SlotTable(
             *(Held(x.shape, x.dtype, value=x) for x in (table.blocks, table.counts, table.scales))
         ),

@@ -159,7 +159,8 @@ def block_arrays(
         for at, one in there.items():
             scales[(*at, part)] = one.scaling
         parts.append(_Part.of(there, absent=[at for at in weights if at not in there]))
-    moves = shards > 1 or row.stored_width(1) > starts[-1]
+    order = row.columns(shards)
+    moves = not np.array_equal(order, np.arange(starts[-1]))
     for index in indices:
         ranks = slice(index * rank, (index + 1) * rank)
         a = empty((*each, len(row.parts), rank, row.d_in), dtype)
@@ -168,7 +169,7 @@ def block_arrays(
         for part, gathered in enumerate(parts):
             gathered.fill(a[:, :, part], b[:, :, starts[part] : starts[part + 1]], ranks)
         if moves:
-            stored[:] = b[:, :, row.columns(shards)]
+            stored[:] = b[:, :, order]
         yield a, stored, scales
 
 

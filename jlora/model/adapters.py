@@ -35,12 +35,12 @@ AXIS = "model"  # of the mesh, over which a model is divided
 class RowPool:
     """The adapters of one projection (a row of the adapter pool).
 
-    The blocks of a row of experts are each of all experts, so there are blocks x experts of them
-    in a and b. embed_tokens looks a up by token: there it is [blocks, vocabulary, rank].
+    The blocks of a row of experts are each of all experts, which have an axis after them.
+    embed_tokens looks a up by token: there it is [blocks, vocabulary, rank].
     """
 
-    a: Any  # [layers, blocks, parts, rank, d_in]
-    b: Any  # [layers, blocks, rank, d_out]
+    a: Any  # [layers, blocks, (experts,) parts, rank, d_in]
+    b: Any  # [layers, blocks, (experts,) rank, d_out]
     slots: SlotTable
     magnitude: Any = None  # float32 [layers, slots + 1, d_out], the last 1; None: not reserved
     bias: Any = None  # float32 [layers, slots + 1, d_out], the last 0; None: not reserved
@@ -110,12 +110,13 @@ class TokenAdapters:
     def of_experts(
         self, token: Int[Array, " rows"], expert: Int[Array, " rows"], experts: int
     ) -> TokenAdapters:
-        """For rows that are each a token at one of its experts, among `experts`.
+        """For rows that are each a token at one of its experts; no adapter from `experts` on.
 
-        A pair of a slot and an expert is a slot of its own there: see `expert_slots`.
+        A pair of a slot and an expert is a slot of its own there: see `of_each_expert`.
         """
         slots = self.routing.token_slots[token]
-        slots = jnp.where(slots < 0, kernels.NO_ADAPTER, slots * experts + expert)
+        nobody = (slots < 0) | (expert >= experts)
+        slots = jnp.where(nobody, kernels.NO_ADAPTER, slots * experts + expert)
         routing = kernels.lora_routing(slots, implementation=self.implementation)
         return dataclasses.replace(self, routing=routing, features=self.features[token])
 
@@ -179,14 +180,17 @@ def add_delta(
     return jax.lax.dynamic_update_slice_in_dim(y, mine, start, axis=1)
 
 
-def expert_slots(slots: SlotTable, experts: int) -> SlotTable:
-    """The table of slot * experts + expert, whose blocks are block * experts + expert."""
+def of_each_expert(row: RowPool) -> RowPool:
+    """With block * experts + expert for a block, and slot * experts + expert for a slot."""
+    slots, experts = row.slots, row.b.shape[2]
     blocks = slots.blocks[:, None] * experts + jnp.arange(experts, dtype=jnp.int32)[:, None]
-    return SlotTable(
+    table = SlotTable(
         blocks.reshape(-1, slots.blocks.shape[1]),
         jnp.repeat(slots.counts, experts),
         jnp.repeat(slots.scales, experts, axis=0),
     )
+    a, b = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (row.a, row.b))
+    return dataclasses.replace(row, a=a, b=b, slots=table)
 
 
 def _of_slot(

@@ -6,7 +6,6 @@ of them: two grouped matmuls for all experts, and no capacity, nothing dropped.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -16,13 +15,16 @@ from jaxtyping import Array, Float, Int
 
 from jlora import kernels
 from jlora.config import ModelConfig
-from jlora.model.adapters import AXIS, TokenAdapters, add_delta, expert_slots
+from jlora.model.adapters import AXIS, TokenAdapters, add_delta, of_each_expert
 from jlora.model.layers import ACTIVATIONS, LoRALinear, StepContext
 from jlora.projections import Projection
 
 
 class SortedRows(NamedTuple):
-    """The rows (token, choice) of a step, those of an expert beside each other."""
+    """The rows (token, choice) of a step, those of an expert beside each other.
+
+    Behind the last group come those of other devices' experts, which stay zero here.
+    """
 
     order: Int[Array, " rows"]  # token * choices + choice of each
     token: Int[Array, " rows"]
@@ -43,13 +45,20 @@ def route(
     return likely, chosen
 
 
+def own_experts(chosen: Int[Array, "..."], experts: int) -> Int[Array, "..."]:
+    """Of each expert which of the device's own it is, `experts` for those of other devices."""
+    own = chosen - jax.lax.axis_index(AXIS) * experts
+    return jnp.where((own >= 0) & (own < experts), own, experts)
+
+
 def sort_rows(
     chosen: Int[Array, "tokens choices"], experts: int, adapters: TokenAdapters | None
 ) -> SortedRows:
     """Sorts the rows by their expert, and those of one by their adapter: so that both are in
     few tiles.
 
-    adapters: of the tokens; None when none of them changes an expert.
+    chosen: `experts` and above are nobody here. adapters: of the tokens; None when none of them
+    changes an expert.
     """
     expert = key = chosen.reshape(-1)
     if adapters is not None:
@@ -77,17 +86,16 @@ def combine(
 class ExpertLinear(nnx.Module):
     """An expert row of the projection table: a matrix for each expert.
 
-    It is stored with the model's width last, which is whole lanes of a TPU; an expert's own width,
-    divided among devices, need not be.
+    divided: whether devices share each of them.
     """
 
     def __init__(self, row: Projection, shards: int, dtype: jnp.dtype) -> None:
         matrix = (row.d_in, row.stored_width(shards))
-        self.transposed = row.shard == "out"
+        self.transposed = row.output_first
         shape = (row.experts, *(reversed(matrix) if self.transposed else matrix))
         self.weight = nnx.Param(jnp.zeros(shape, dtype))
-        self.name, self.experts, self.divided = row.name, row.experts, shards > 1
-        self.part_widths = row.local_widths(shards)
+        self.name, self.part_widths = row.name, row.local_widths(shards)
+        self.divided = shards > 1 and row.shard != "experts"
 
     def __call__(
         self,
@@ -96,7 +104,7 @@ class ExpertLinear(nnx.Module):
         layer: int | Int[Array, ""],
         step: StepContext,
     ) -> Float[Array, "rows d_out"]:
-        """x: the sorted rows. A row-parallel one gives this device's part of the sum."""
+        """x: the sorted rows. What devices share, they give parts of the sum of."""
         y = kernels.grouped_matmul(
             x,
             self.weight[...],
@@ -106,8 +114,7 @@ class ExpertLinear(nnx.Module):
         )
         if rows.adapters is None:
             return y
-        pool = rows.adapters.state.rows[self.name]
-        pool = dataclasses.replace(pool, slots=expert_slots(pool.slots, self.experts))
+        pool = of_each_expert(rows.adapters.state.rows[self.name])
         delta = rows.adapters.delta(x, pool, layer, self.divided)
         return add_delta(y, delta, self.part_widths, step.implementation)
 
@@ -120,6 +127,7 @@ class MoE(nnx.Module):
         self.router = LoRALinear(rows["router"], shards, dtype)
         self.experts_gate_up = ExpertLinear(rows["experts_gate_up"], shards, dtype)
         self.experts_down = ExpertLinear(rows["experts_down"], shards, dtype)
+        self.local_experts = rows["experts_down"].local_experts(shards)
         self.num_experts, self.choices = config.num_experts, config.num_experts_per_tok
         self.normalise, self.activation = config.norm_topk_prob, config.hidden_act
 
@@ -130,7 +138,9 @@ class MoE(nnx.Module):
         adapters = step.adapters
         if adapters is not None and self.experts_down.name not in adapters.state.rows:
             adapters = None  # the engine has not reserved room for such
-        rows = sort_rows(chosen, self.num_experts, adapters)
+        if self.local_experts < self.num_experts:
+            chosen = own_experts(chosen, self.local_experts)
+        rows = sort_rows(chosen, self.local_experts, adapters)
         out = combine(self.experts(x[rows.token], rows, layer, step), rows, weights)
         return jax.lax.psum(out, AXIS)
 

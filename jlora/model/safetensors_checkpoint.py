@@ -172,8 +172,13 @@ class SafetensorsCheckpoint:
         part = empty_part(weight.ordered_shape, index, dtype)
         if sum(source.shape[0] for source in weight.sources) < weight.shape[0]:
             part[:] = 0  # a bias of some parts only
+        experts = range(*index[0].indices(weight.ordered_shape[0]))  # where that is their axis
         for source, place, rows in weight.pieces(index[axis]):
-            matrix = part if source.expert is None else part[source.expert]
+            matrix = part
+            if source.expert is not None:
+                if source.expert not in experts:
+                    continue
+                matrix = part[source.expert - experts.start]
             matrix[place] = self._tensors[source.name][(rows, *index[axis + 1 :])]
         return part
 

@@ -176,9 +176,10 @@ def _projection_weights(
             start += part.width
     order = row.columns(shards) if shards > 1 and row.shard == "out" else None
     d_in, out = (AXIS if row.shard == shard else None for shard in ("in", "out"))
-    front, spec_front = ((row.experts,), (None,)) if row.experts else ((), ())
+    front = (row.experts,) if row.experts else ()
+    spec_front = (AXIS if row.shard == "experts" else None,) if row.experts else ()
     shape, spec = (*front, rows, row.d_in), PartitionSpec(*spec_front, d_in, out)
-    transposed = not (row.experts and row.shard == "out")  # see ExpertLinear
+    transposed = not row.output_first
     spec = spec if transposed else swapped(spec)
     at = ("layers", layer, "attention" if row.module == "self_attn" else "mlp", row.name)
     table = [Weight((*at, "weight"), tuple(weights), shape, spec, order, transposed)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -32,8 +33,9 @@ MODELS = {
     "dense": lambda: transformers.LlamaConfig(hidden_size=1024, intermediate_size=2048, **SHAPE),
     "moe": lambda: mixture(16, 256),
     "narrow": lambda: mixture(128, 192),
+    "whole": lambda: mixture(16, 256),  # experts, of which each device has some
 }
-ROWS = {"dense": 4, "moe": 5}  # of the projection table
+ROWS = {"dense": 4, "moe": 5, "whole": 5}  # of the projection table
 
 
 def mixture(experts: int, width: int) -> transformers.Qwen3MoeConfig:
@@ -48,10 +50,12 @@ IN_PLACE = {"parameter", "get-tuple-element", "tuple", "bitcast", "tpu_custom_ca
 def step(model: str, chip: str, devices: int, fully_sharded: bool = False):
     """The functions of a step with 8 adapters, and what they work on."""
     sizes = RunnerConfig(TOKENS, 512, 2048, 32, PAGES, 20, "tpu", fully_sharded)
-    experts = {"lora_expert_blocks": 8 * (model == "moe"), "fully_sharded_loras": fully_sharded}
+    mixed = model in ("moe", "whole")
+    experts = {"lora_expert_blocks": 8 * mixed, "fully_sharded_loras": fully_sharded}
     lora = LoRAConfig(max_loras=8, max_lora_rank=16, **experts)
     mesh = aot.tpu_mesh(TOPOLOGIES[chip], devices)
-    return aot.describe_step(model_config(MODELS[model]()), sizes, lora, mesh)
+    config = dataclasses.replace(model_config(MODELS[model]()), expert_parallel=model == "whole")
+    return aot.describe_step(config, sizes, lora, mesh)
 
 
 def local(leaf) -> jax.ShapeDtypeStruct:
@@ -60,7 +64,10 @@ def local(leaf) -> jax.ShapeDtypeStruct:
 
 @pytest.mark.parametrize(
     ("chip", "model", "devices"),
-    [("v5e", "dense", 1), ("v6e", "dense", 2), ("v6e", "moe", 1), ("v5e", "moe", 2)],
+    [
+        *(("v5e", "dense", 1), ("v6e", "dense", 2), ("v6e", "moe", 1), ("v5e", "moe", 2)),
+        *(("v5e", "whole", 2), ("v6e", "whole", 4)),
+    ],
 )
 def test_step_has_the_kernels_that_were_meant_and_copies_nothing(chip, model, devices):
     programs, arrays = step(model, chip, devices)
@@ -71,7 +78,7 @@ def test_step_has_the_kernels_that_were_meant_and_copies_nothing(chip, model, de
     found = aot.kernels_of(program)
     unnamed = found.total() - sum(expected.values())  # jax's gmm, by whatever name it has
     assert {name: found[name] for name in expected} == expected
-    assert unnamed == (2 * LAYERS if model == "moe" else 0)
+    assert unnamed == (0 if model == "dense" else 2 * LAYERS)
     for pool in arrays.pool.rows.values():
         assert aot.makers(program, local(pool.a)) | aot.makers(program, local(pool.b)) <= IN_PLACE
     assert aot.makers(program, local(arrays.kv)) <= IN_PLACE
