@@ -1,4 +1,4 @@
-"""Two processes on one machine serve a model together over jax.distributed."""
+"""Processes on one machine serve a model together over jax.distributed."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def start(process: int, count: int, devices: int, port: int, job: dict[str, Any]
     )
 
 
-def start_two(devices: int, *jobs: dict[str, Any]) -> list[Any]:
-    """jobs: of both, or of each."""
+def start_all(count: int, devices: int, *jobs: dict[str, Any]) -> list[Any]:
+    """devices: of each. jobs: of all, or of each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    return [start(process, 2, devices, port, jobs[process % len(jobs)]) for process in (0, 1)]
+    return [start(one, count, devices, port, jobs[one % len(jobs)]) for one in range(count)]
 
 
 def ended(processes: list[Any], seconds: float = 300) -> list[tuple[int, str, str]]:
@@ -102,16 +102,17 @@ def answers_of_one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def killed_amid_answers(
-    files: SimpleNamespace, victim: int, how: signal.Signals, **options: Any
-) -> tuple[dict[str, Any], tuple[int, str, str]]:
-    """What two hosts answer, and the end of one when the other is sent a signal while they run."""
-    job = job_of(files, until_killed=True, tensor_parallel_size=2, **options)
-    processes = start_two(1, job)
+    files: SimpleNamespace, victim: int, how: signal.Signals, count: int = 2, **options: Any
+) -> tuple[dict[str, Any], list[tuple[int, str, str]]]:
+    """What hosts answer, and how the others end when one is sent a signal while they run."""
+    job = job_of(files, until_killed=True, tensor_parallel_size=count, **options)
+    processes = start_all(count, 1, job)
     try:
         said = next(line for line in processes[0].stdout if line.startswith("{"))
-        time.sleep(0.5)  # both are amid the next answers
+        time.sleep(0.5)  # all are amid the next answers
         processes[victim].send_signal(how)
-        return json.loads(said), ended([processes[1 - victim]], ENDS_WITHIN)[0]
+        others = [one for one in processes if one is not processes[victim]]
+        return json.loads(said), ended(others, ENDS_WITHIN)
     finally:
         for one in processes:
             one.kill()
@@ -120,15 +121,41 @@ def killed_amid_answers(
 
 def test_two_processes_answer_as_one_until_one_is_killed(files):
     """Three adapters and the base over two slots, a reload and an abort."""
-    said, (code, _, errors) = killed_amid_answers(files, 1, signal.SIGKILL)
+    said, ((code, _, errors),) = killed_amid_answers(files, 1, signal.SIGKILL)
     assert code == 1
     assert "HostError: host 1 of 2 has ended without a word" in errors
     assert_same(said, answers_of_one(job_of(files, tensor_parallel_size=2)))
 
 
 @pytest.mark.slow
+def test_four_processes_answer_as_one_until_one_is_killed(files):
+    said, ends = killed_amid_answers(files, 2, signal.SIGKILL, count=4)
+    assert len(ends) == 3
+    for code, _, errors in ends:
+        assert code == 1
+        assert "HostError: host 2 of 4 has ended without a word" in errors
+    assert_same(said, answers_of_one(job_of(files, tensor_parallel_size=2)))
+
+
+@pytest.mark.slow
+def test_whole_experts_on_two_hosts(tmp_path):
+    make_model("qwen3-moe", tmp_path / "model", num_attention_heads=8)
+    kinds = special_kinds("qwen3-moe")
+    paths = [tmp_path / name for name in ("experts", "experts-up", "all-linear")]
+    for path in paths:
+        make_adapter(tmp_path / "model", path, **kinds[path.name])
+    told = SimpleNamespace(model=tmp_path / "model", adapters=paths)
+    whole = {"lora_expert_blocks": 4, "max_lora_rank": 32, "enable_expert_parallel": True}
+    job = job_of(told, tensor_parallel_size=4, **whole)
+    (code, said, errors), (other, _, their_errors) = ended(start_all(2, 2, job))
+    assert (code, other) == (0, 0), errors + their_errors
+    alone = answers_of_one(job_of(told, tensor_parallel_size=1, **whole))
+    assert_same(json.loads(said.splitlines()[-1]), alone)
+
+
+@pytest.mark.slow
 def test_the_first_host_is_killed(files):
-    _, (code, _, errors) = killed_amid_answers(files, 0, signal.SIGKILL)
+    _, ((code, _, errors),) = killed_amid_answers(files, 0, signal.SIGKILL)
     assert code != 0  # 1, or jax's own end of the process comes first
     assert "host 0 of 2 has ended without a word" in errors
 
@@ -136,7 +163,7 @@ def test_the_first_host_is_killed(files):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_hangs_ends_the_other(files, victim):
-    _, (code, _, errors) = killed_amid_answers(files, victim, signal.SIGSTOP, host_timeout=5)
+    _, ((code, _, errors),) = killed_amid_answers(files, victim, signal.SIGSTOP, host_timeout=5)
     assert code == 1
     assert f"HostError: host {victim} of 2 has given no sign of life for 5 s" in errors
 
@@ -161,7 +188,7 @@ def test_every_kind_of_adapter_on_two_hosts_of_two_devices(files, eager):
         max_lora_full_weights=2,
         lora_extra_vocab_size=4,
     )
-    (code, said, errors), (other, ending, their_errors) = ended(start_two(2, job))
+    (code, said, errors), (other, ending, their_errors) = ended(start_all(2, 2, job))
     assert (code, other) == (0, 0), errors + their_errors
     assert ending.splitlines()[-1] == "the leader has ended"
     ((code, alone, errors),) = ended([start(0, 1, 4, 0, job)])
@@ -172,7 +199,7 @@ def test_every_kind_of_adapter_on_two_hosts_of_two_devices(files, eager):
 @pytest.mark.slow
 def test_other_arguments_are_refused_by_name(files):
     both = [job_of(files, tensor_parallel_size=2, block_size=size) for size in (8, 16)]
-    for code, _, errors in ended(start_two(1, *both), 120):
+    for code, _, errors in ended(start_all(2, 1, *both), 120):
         assert code == 1
         assert "block_size=16, not 8" in errors
 
@@ -180,7 +207,7 @@ def test_other_arguments_are_refused_by_name(files):
 @pytest.mark.slow
 def test_all_devices_must_be_used(files):
     job = job_of(files, tensor_parallel_size=1)
-    (_, _, errors), _ = ended(start_two(1, job), 120)
+    (_, _, errors), _ = ended(start_all(2, 1, job), 120)
     assert "tensor_parallel_size=1, but 2 processes have 2 cpu devices together" in errors
 
 
