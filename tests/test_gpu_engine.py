@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,7 +73,7 @@ def test_small_arrays_leave_large_memory_where_it_is():
     walls = keep_gaps(device)
     addresses, small = set(), []
     for size in (300, 5_000, 70_000, 300):
-        large = jax.device_put(np.zeros(1 << 26, np.uint8), device)
+        large = jnp.zeros(1 << 26, jnp.uint8, device=device).block_until_ready()
         addresses.add(large.unsafe_buffer_pointer())
         large.delete()
         small.append(jax.device_put(np.zeros(size, np.uint8), device))
