@@ -11,6 +11,7 @@ from jlora.manager.blocks import (
     pool_rows,
     row_blocks,
 )
+from jlora.manager.device import Write
 from jlora.manager.export import export_adapter
 from jlora.manager.features import (
     FeatureWrite,
@@ -19,6 +20,7 @@ from jlora.manager.features import (
     is_full,
     no_features,
 )
+from jlora.manager.fetching import Load
 from jlora.manager.loader import AdapterLoader
 from jlora.manager.lora_model import (
     BaseWeight,
@@ -27,13 +29,13 @@ from jlora.manager.lora_model import (
     PackedLoRALayerWeights,
     VocabRows,
 )
-from jlora.manager.manager import LoRAModelManager, Write
+from jlora.manager.manager import LoRAModelManager
 from jlora.manager.mixture import LoRAMixture
 from jlora.manager.peft_config import PEFTHelper, other_base_model
 from jlora.manager.requirements import UNLIMITED, fitted, options_for
 from jlora.manager.resolver import FolderResolver, HubResolver, LoRAResolver, resolve
 from jlora.manager.stats import AdapterState, AdapterStatus, Durations, LoRAStats
-from jlora.manager.tiers import Load, TieredLoRAManager
+from jlora.manager.tiers import TieredLoRAManager
 from jlora.manager.worker_manager import (
     AdapterVersion,
     LRUCacheWorkerLoRAManager,

@@ -1,4 +1,4 @@
-"""The registry of adapters on the host and the slots on the device.
+"""The registry of adapters: who is on the host and in the slots, and who leaves for whom.
 
 Pure bookkeeping: it answers which slot and which rank blocks an adapter holds, and what must be
 written before the next step; the engine's runner does the writing.
@@ -7,44 +7,23 @@ written before the next step; the engine's runner does the writing.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from jlora.config import LoRAConfig
 from jlora.errors import AdapterInUseError
-from jlora.manager.blocks import (
-    BlockPool,
-    BlockWrite,
-    Needs,
-    SlotMap,
-    blocks_needed,
-    pool_rows,
-    row_blocks,
-)
-from jlora.manager.features import FeatureWrite, feature_writes, full_row, is_full, no_features
+from jlora.manager.blocks import Needs
+from jlora.manager.device import DeviceTier, total
 from jlora.manager.host import HostTier
-from jlora.manager.lora_model import LoRAModel
 from jlora.manager.mixture import Adapter
 from jlora.projections import ModuleMap
 
 logger = logging.getLogger(__name__)
-Write = BlockWrite | FeatureWrite
-
-
-@dataclass
-class _Resident:
-    """An adapter whose blocks are on the device, by row; `slots` slots list them."""
-
-    blocks: dict[str, list[int]]
-    slots: int = 0
-
-
 _SLOTS, _PLACES, _BYTES = "slots", "places on the host", "bytes on the host"  # beside the pools
 
 
-class LoRAModelManager:
+class LoRAModelManager(DeviceTier):
     """Adapters in host memory (least recently used first) and in the slots of the device.
 
     Every adapter in a slot is on the host too. An adapter that is held, that is, pinned or
@@ -54,32 +33,14 @@ class LoRAModelManager:
 
     def __init__(self, modules: ModuleMap, lora_config: LoRAConfig) -> None:
         """Starts empty: no adapter, all slots and blocks free."""
-        self.modules, self.lora_config = modules, lora_config
+        super().__init__(modules, lora_config)
         self._host = HostTier(lora_config.host_capacity, lora_config.max_cpu_lora_bytes)
         self._adapters = self._host.adapters
-        self._slots: OrderedDict[int, int] = OrderedDict()  # adapter -> slot, by last use
-        self._listed: dict[int, Adapter] = {}  # slot -> the adapter in it
-        self._resident: dict[str, _Resident] = {}  # by LoRAModel.key
-        self._free_slots = set(range(self.lora_slots))
         self._pinned: set[int] = set()
         self._users: dict[int, int] = {}  # running sequences
         self._bound: dict[int, int] = {}  # requests that have begun and not ended
         self._superseded = 0  # versions that live on under ids below 0, ever
         self.slot_evictions = self.host_evictions = 0
-        self.rows = {row.name: row for row in pool_rows(modules, lora_config)}
-        self.pools = {
-            name: BlockPool(row_blocks(row, lora_config)) for name, row in self.rows.items()
-        }
-        if lora_config.max_lora_full_weights:
-            for row in modules.vocab_projections:
-                self.pools[full_row(row.name)] = BlockPool(lora_config.max_lora_full_weights)
-        self.slot_maps = {
-            name: SlotMap(self.lora_slots, lora_config.max_blocks) for name in self.rows
-        }
-        self.features = no_features(self.lora_slots)
-        self._writes: list[Write] = []
-        self._unwritten_slots: set[int] = set()
-        self.version = 0  # changes whenever slot_maps or features do
 
     # -- what is there --------------------------------------------------------------------
 
@@ -88,19 +49,6 @@ class LoRAModelManager:
         """Adapters the host keeps."""
         return self.lora_config.host_capacity
 
-    @property
-    def lora_slots(self) -> int:
-        """Slots on the device."""
-        return self.lora_config.max_loras
-
-    @property
-    def lora_index_to_id(self) -> list[int | None]:
-        """The adapter in each slot."""
-        ids: list[int | None] = [None] * self.lora_slots
-        for adapter_id, slot in self._slots.items():
-            ids[slot] = adapter_id
-        return ids
-
     def list_adapters(self) -> dict[int, Adapter]:
         """The adapters on the host, least recently used first."""
         return dict(self._adapters)
@@ -108,24 +56,6 @@ class LoRAModelManager:
     def get_adapter(self, adapter_id: int) -> Adapter | None:
         """The adapter, if it is on the host; its turn in the LRU order is unchanged."""
         return self._adapters.get(adapter_id)
-
-    def slot_of(self, adapter_id: int) -> int | None:
-        """The slot that holds the adapter."""
-        return self._slots.get(adapter_id)
-
-    @property
-    def free_slots(self) -> set[int]:
-        """The slots that hold no adapter."""
-        return set(self._free_slots)
-
-    @property
-    def unwritten(self) -> set[str]:
-        """Keys of the adapters whose blocks are still to be written."""
-        return {write.lora.key for write in self._writes}
-
-    def is_resident(self, key: str) -> bool:
-        """Whether an adapter (LoRAModel.key) has blocks on the device."""
-        return key in self._resident
 
     def in_use(self, adapter_id: int) -> bool:
         """Whether a request that has begun uses the adapter."""
@@ -286,48 +216,6 @@ class LoRAModelManager:
 
     # -- device ---------------------------------------------------------------------------
 
-    def needs(self, adapter: Adapter) -> Needs:
-        """What an adapter takes on the device."""
-        return {lora.key: self._needs_of(lora) for lora, _ in adapter.components}
-
-    def _needs_of(self, lora: LoRAModel) -> dict[str, int]:
-        full = {
-            full_row(which): 1
-            for which, rows in lora.vocab_rows.items()
-            if is_full(rows, self.lora_config)
-        }
-        return blocks_needed(lora, self.modules) | full
-
-    def _needs_in(self, slot: int) -> Needs:
-        return {
-            lora.key: {
-                name: len(blocks) for name, blocks in self._resident[lora.key].blocks.items()
-            }
-            for lora, _ in self._listed[slot].components
-        }
-
-    def fits(self, needs: Mapping[int, Needs], beside: set[int]) -> bool:
-        """Whether adapters can be active at once when, of the others, only `beside` stay.
-
-        needs: of each of them. beside: adapters that are active now; those that are in needs too
-        count as needs says.
-        """
-        if len(beside | needs.keys()) > self.lora_slots:
-            return False
-        return self.short_of(needs, beside) is None
-
-    def short_of(self, needs: Mapping[int, Needs], beside: set[int]) -> str | None:
-        """The first pool that has too few blocks for what `fits` asks, None when none has."""
-        others = [self._slots[adapter_id] for adapter_id in beside - needs.keys()]
-        together: dict[str, Mapping[str, int]] = {}
-        for one in (*map(self._needs_in, others), *needs.values()):
-            together |= one
-        taken = _sum(together.values())
-        return next((name for name, count in taken.items() if count > self._size(name)), None)
-
-    def _size(self, name: str) -> int:
-        return self.pools[name].num_blocks if name in self.pools else 0
-
     def to_drain(
         self, needs: Mapping[int, Needs], nbytes: Mapping[int, int] | None = None
     ) -> set[int]:
@@ -343,21 +231,17 @@ class LoRAModelManager:
             return set()
         held, kept, drained = self.held, self.kept, set[int]()
         busy = sorted(self._users.keys() - self._pinned, key=lambda one: (self._users[one], one))
-        together: dict[str, Mapping[str, int]] = {}
-        for adapter_id in held:
-            together |= self._needs_in(self._slots[adapter_id])
-        room = Counter({name: pool.num_blocks for name, pool in self.pools.items()})
-        room.subtract(_sum(together.values()))
+        room = self._blocks_beside(held)
         room[_SLOTS] = self.lora_slots - len(held)
         room[_PLACES] = self.capacity - len(kept)
         room[_BYTES] = self._host.room(kept)
 
         def gain(victim: int) -> Counter[str]:
             on_host = {_SLOTS: 1, _PLACES: 1, _BYTES: self._adapters[victim].nbytes}
-            return _sum([*self._needs_in(self._slots[victim]).values(), on_host])
+            return total([*self._taken_by(victim).values(), on_host])
 
         for adapter_id, one in needs.items():
-            wanted = _sum([*one.values(), {_SLOTS: 1}])
+            wanted = total([*one.values(), {_SLOTS: 1}])
             if nbytes is not None and adapter_id in nbytes:
                 wanted.update({_PLACES: 1, _BYTES: nbytes[adapter_id]})
             more: list[int] = []
@@ -382,28 +266,10 @@ class LoRAModelManager:
         if adapter_id in self._slots:
             return True
         adapter = self._adapters.get(adapter_id)
-        return adapter is not None and self._victims(self.needs(adapter)) is not None
+        return adapter is not None and self._victims_of(adapter) is not None
 
-    def _victims(self, needs: Needs) -> list[int] | None:
-        """The least recently used adapters that must leave their slots; None if it cannot be."""
-        missing = _sum(one for key, one in needs.items() if key not in self._resident)
-        missing.subtract({name: self._free(name) for name in list(missing)})
-        slots = {key: one.slots for key, one in self._resident.items()}
-        need_slot, victims = not self._free_slots, []
-        for adapter_id in filter(self._evictable, self._slots):
-            if not need_slot and max(missing.values(), default=0) <= 0:
-                break
-            victims.append(adapter_id)
-            need_slot = False
-            for lora, _ in self._listed[self._slots[adapter_id]].components:
-                slots[lora.key] -= 1
-                if slots[lora.key] == 0 and lora.key not in needs:
-                    blocks = self._resident[lora.key].blocks
-                    missing.subtract({name: len(one) for name, one in blocks.items()})
-        return None if need_slot or max(missing.values(), default=0) > 0 else victims
-
-    def _free(self, name: str) -> int:
-        return self.pools[name].num_free if name in self.pools else 0
+    def _victims_of(self, adapter: Adapter) -> list[int] | None:
+        return self._victims(self.needs(adapter), self._evictable)
 
     def activate_adapter(self, adapter_id: int) -> bool:
         """Gives a registered adapter a slot and blocks; False when it has them already.
@@ -415,64 +281,19 @@ class LoRAModelManager:
             self.touch(adapter_id)
             return False
         adapter = self._adapters[adapter_id]
-        victims = self._victims(self.needs(adapter))
+        victims = self._victims_of(adapter)
         if victims is None:
             raise AdapterInUseError(
                 f"no slot or rank blocks for adapter {adapter_id}: the adapters in the "
                 f"{self.lora_slots} slots are pinned or in use; raise max_loras or remove one"
             )
-        keys = [lora.key for lora, _ in adapter.components]
-        there = [key for key in keys if key in self._resident]
-        for key in there:  # so that no victim takes them along
-            self._resident[key].slots += 1
+        slot = self._occupy(adapter_id, adapter, victims)
+        self.slot_evictions += len(victims)
         for victim in victims:
-            self.deactivate_adapter(victim)
-            self.slot_evictions += 1
             logger.debug("evicted adapter %d from its slot for adapter %d", victim, adapter_id)
-        slot = min(self._free_slots)  # as vLLM
-        self._free_slots.remove(slot)
-        for lora, _ in adapter.components:
-            if lora.key not in there:
-                self._place(lora)
-        self._fill(slot, adapter)
-        self._slots[adapter_id] = slot
         self.touch(adapter_id)
         logger.debug("activated adapter %d in slot %d (rank %d)", adapter_id, slot, adapter.rank)
         return True
-
-    def _place(self, lora: LoRAModel) -> None:
-        """Gives an adapter blocks, to be written."""
-        needs = {name: count for name, count in self._needs_of(lora).items() if count}
-        blocks = {name: self.pools[name].allocate(count) for name, count in needs.items()}
-        self._resident[lora.key] = _Resident(blocks, slots=1)
-        for name, row in self.rows.items():
-            self._writes += BlockWrite.all(lora, self.modules, row, blocks.get(name, []))
-
-    def _fill(self, slot: int, adapter: Adapter) -> None:
-        """Lists the adapter's blocks in the slot, and its features."""
-        self._listed[slot] = adapter
-        for name, slot_map in self.slot_maps.items():
-            blocks: list[int] = []
-            scales: list[float] = []
-            for lora, weight in adapter.components:
-                own = self._resident[lora.key].blocks.get(name, [])
-                blocks += own
-                scales += [weight] * len(own)
-            slot_map.set(slot, blocks, scales)
-        self._unwritten_slots.add(slot)
-        self.features[slot] = self.features[-1]
-        if isinstance(adapter, LoRAModel):
-            mine = self._resident[adapter.key].blocks
-            full = {
-                row.name: mine[full_row(row.name)][0]
-                for row in self.modules.vocab_projections
-                if full_row(row.name) in mine
-            }
-            self.features[slot], writes = feature_writes(
-                adapter, self.modules, self.lora_config, slot, full
-            )
-            self._writes += writes
-        self.version += 1
 
     def deactivate_adapter(self, adapter_id: int) -> bool:
         """Frees the adapter's slot and blocks, pinned or not; False when it has none.
@@ -484,29 +305,10 @@ class LoRAModelManager:
                 f"adapter {adapter_id} is in use by {self._users[adapter_id]} running requests; "
                 "remove it when they have finished"
             )
-        slot = self._slots.pop(adapter_id, None)
-        if slot is None:
+        if adapter_id not in self._slots:
             return False
         self._pinned.discard(adapter_id)
-        gone = [lora for lora, _ in self._listed.pop(slot).components if self._drop(lora)]
-        for slot_map in self.slot_maps.values():
-            slot_map.set(slot, [])
-        self.features[slot] = self.features[-1]
-        self._free_slots.add(slot)
-        self._unwritten_slots.discard(slot)
-        self._writes = [write for write in self._writes if write.lora not in gone]
-        self.version += 1
-        return True
-
-    def _drop(self, lora: LoRAModel) -> bool:
-        """One slot less lists the adapter's blocks; True when they are free now."""
-        resident = self._resident[lora.key]
-        resident.slots -= 1
-        if resident.slots:
-            return False
-        for name, blocks in resident.blocks.items():
-            self.pools[name].release(blocks)
-        del self._resident[lora.key]
+        self._vacate(adapter_id)
         return True
 
     def pin_adapter(self, adapter_id: int) -> bool:
@@ -534,36 +336,11 @@ class LoRAModelManager:
         if self._users[adapter_id] == 0:
             del self._users[adapter_id]
 
-    def take_writes(self) -> list[Write]:
-        """What to write before the next step, in this order, once."""
-        writes, self._writes = self._writes, []
-        self._unwritten_slots.clear()
-        return writes
-
-    def put_back(self, writes: list[Write]) -> None:
-        """They were taken, and not all could be written: they are due again."""
-        self._writes = writes + self._writes
-        self._unwritten_slots.update(self._listed)  # which of them could be is not known
-
-    def is_written(self, adapter_id: int) -> bool:
-        """Whether the writes have been taken of an adapter that has a slot."""
-        return self._slots[adapter_id] not in self._unwritten_slots
-
     def vacate_unwritten(self) -> None:
         """Takes the adapters that wait to be written out of their slots, but for held ones.
 
         So one that cannot be written fails only the steps that want it.
         """
-        unwritten = [write.lora for write in self._writes]
-        for adapter_id, slot in list(self._slots.items()):
-            waits = any(lora in unwritten for lora, _ in self._listed[slot].components)
-            if waits and self._evictable(adapter_id):
+        for adapter_id in self._waiting_to_be_written():
+            if self._evictable(adapter_id):
                 self.deactivate_adapter(adapter_id)
-
-
-def _sum(needs: Iterable[Mapping[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for one in needs:  # Counter.update takes ten times as long
-        for name, count in one.items():
-            total[name] += count
-    return total
