@@ -240,7 +240,11 @@ def check_shards(config: ModelConfig, shards: int, fully_sharded_loras: bool = F
         *((("hidden_size", config.hidden_size),) if fully_sharded_loras else ()),
     ):
         if size % shards:
-            raise ValueError(f"tensor_parallel_size={shards} does not divide {name}={size}")
+            whole = name == "moe_intermediate_size" and config.num_experts % shards == 0
+            raise ValueError(
+                f"tensor_parallel_size={shards} does not divide {name}={size}"
+                + ("; enable_expert_parallel=True need not divide it" if whole else "")
+            )
     if kv % shards and shards % kv:
         raise ValueError(
             f"tensor_parallel_size={shards} neither divides num_key_value_heads={kv} nor is a "

@@ -290,6 +290,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         for at in ([None] if "decode" in args.steps else [])
         + ([args.prefill] if "prefill" in args.steps else [])
         if not (count.endswith("e") or args.expert_parallel) or "num_experts" in MODELS[model]
+        if not args.expert_parallel or SLICES[where].devices > 1
     ]
 
 

@@ -67,8 +67,12 @@ def routed(model: ModelConfig, shards: int, work: Workload) -> tuple[np.ndarray,
     chosen = np.argsort(rng.random((work.tokens, model.num_experts)), axis=1)[:, :choices]
     expert, slot = chosen.reshape(-1), np.repeat(work.slots(), choices)
     experts = model.num_experts // (shards if model.expert_parallel else 1)
-    used = np.bincount(np.unique(expert) // experts)
-    own = expert - np.argmax(used) * experts
+    # Experts in use, pairs of an expert and an adapter, rows: of each device.
+    pairs = np.unique(np.stack([expert, slot]), axis=1)[0]
+    counts = [
+        np.bincount(x // experts, minlength=shards) for x in (np.unique(expert), pairs, expert)
+    ]
+    own = expert - np.lexsort(counts[::-1])[-1] * experts
     elsewhere = (own < 0) | (own >= experts)
     expert, slot = np.where(elsewhere, experts, own), np.where(elsewhere, -1, slot)
     order = np.lexsort((slot, expert))

@@ -17,8 +17,8 @@ from jlora.kernels import Implementation
 logger = logging.getLogger(__name__)
 CPU_KV_BYTES = 1 << 30  # a CPU has no memory of its own to fill
 MARGIN_BYTES = 256 << 20  # for what the compiler and the allocator need besides
-# Bytes of the gaps for small arrays and how many there are of each, 34 MB in all: the arrays that
-# a step is told and that it answers, and new sequences.
+# Bytes of the gaps for small arrays and how many there are of each, 34 MiB in all: for what a step
+# is told, what it answers, and new sequences.
 GAPS = {256 << power: 16 if power <= 8 else 4 for power in range(15)}
 
 
@@ -38,19 +38,21 @@ def reserve_fraction(fraction: float) -> None:
 
 
 def keep_gaps(device: jax.Device) -> list[jax.Array]:
-    """Free memory in small pieces, for small arrays, while one keeps what this returns.
+    """Free memory in small pieces, for small arrays, while one keeps what this returns (34 MiB).
 
     JAX gives an array the smallest free piece that holds it. If all are large, the batch of a step
     takes a few kB of what the step before had for its temporaries, and those of the next step are
     elsewhere; but a GPU replays graphs of addresses, see StepArrays.
     """
-    gaps, walls = [], []
-    for size in [size for size, count in GAPS.items() for _ in range(count)]:
-        gaps.append(jax.device_put(np.zeros(size, np.uint8), device))
-        walls.append(jax.device_put(np.zeros(1, np.uint8), device))  # else the gaps would join
-    for gap in jax.block_until_ready(gaps):
-        gap.delete()
-    return jax.block_until_ready(walls)
+    walls = []
+    for size, count in GAPS.items():
+        arrays = [jax.device_put(np.zeros(size, np.uint8), device) for _ in range(2 * count)]
+        # Between every two that go one stays, wherever they were put: else the gaps would join.
+        jax.block_until_ready(arrays).sort(key=lambda array: array.unsafe_buffer_pointer())
+        walls += arrays[1::2]
+        for gap in arrays[::2]:
+            gap.delete()
+    return walls
 
 
 def page_bytes(

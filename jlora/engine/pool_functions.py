@@ -59,7 +59,10 @@ def layers_of(row: Projection) -> tuple[bool, bool]:
 
 
 def part_of(row: Projection, shards: int) -> np.ndarray:
-    """int32: the part of each column that a device stores, [1] when there is only one part."""
+    """int32: the part of each column of B that a device stores.
+
+    [1] when there is only one part: B of such a row may be divided otherwise than its output.
+    """
     if len(row.parts) == 1:
         return np.zeros(1, np.int32)
     return np.repeat(np.arange(len(row.parts), dtype=np.int32), row.local_widths(shards))

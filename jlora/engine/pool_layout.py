@@ -25,7 +25,8 @@ def _divided(row: Projection, fully_sharded: bool) -> tuple[str | None, str | No
     """The mesh axes over which a row's experts, A's input and B's output lie.
 
     Column-parallel rows divide B's columns and copy A; row-parallel ones divide A's input and
-    copy B. Fully sharded ones divide both, as far as they are of layers.
+    copy B. Fully sharded ones divide both, as far as they are of layers. Where devices have whole
+    experts, they have all of what belongs to these, and nothing else.
     """
     both = fully_sharded and row.per_layer and row.shard in ("in", "out")
     return (

@@ -225,6 +225,7 @@ def grouped_matmul(
     group_sizes: Int[Array, " experts"],
     *,
     transpose_rhs: bool = False,
+    total_experts: int | None = None,
     implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
@@ -233,21 +234,24 @@ def grouped_matmul(
     group_sizes: int32, the rows of each expert, zero or more; they sum to `rows` at most.
     w: in x's dtype, or in what `storage_dtype` makes of it. transpose_rhs: w is [experts, d_out,
     d_in]. A TPU wants the last axis in whole lanes of 128: else XLA copies all of w.
+    total_experts: among how many the rows are spread, where w has only some of them; tiles are
+    chosen by it (a TPU's are always of 128 rows), results do not depend on it.
     Sums are float32, the result has x's dtype. An expert without rows is not read, and what an
     expert or a row holds stays with its own rows: NaN and infinity do not spread to others. The
     rows past the sum of the sizes are padding: they may hold anything, and their result is 0.
     """
+    total = w.shape[0] if total_experts is None else total_experts
     match _resolve(implementation):
         case "gpu":
             return grouped_gpu.grouped_matmul_gpu(
-                x, w, group_sizes, transpose_rhs=transpose_rhs, interpret=interpret
+                x, w, group_sizes, total, transpose_rhs=transpose_rhs, interpret=interpret
             )
         case "tpu":
             return grouped_tpu.grouped_matmul_tpu(
                 x, w, group_sizes, transpose_rhs=transpose_rhs, interpret=interpret
             )
         case _:
-            return grouped.grouped_matmul_xla(x, w, group_sizes, transpose_rhs=transpose_rhs)
+            return grouped.grouped_matmul_xla(x, w, group_sizes, total, transpose_rhs=transpose_rhs)
 
 
 def storage_dtype(dtype: Any, *, implementation: Implementation | None = None) -> jnp.dtype:

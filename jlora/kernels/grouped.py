@@ -54,6 +54,7 @@ def grouped_matmul_xla(
     x: Float[Array, "rows d_in"],
     w: Float[Array, "experts d_in d_out"] | Float[Array, "experts d_out d_in"],
     group_sizes: Int[Array, " experts"],
+    total_experts: int,
     *,
     transpose_rhs: bool = False,
 ) -> Float[Array, "rows d_out"]:
@@ -62,9 +63,9 @@ def grouped_matmul_xla(
     On a CPU XLA computes `jax.lax.ragged_dot` for all rows and experts: 128 experts and 128 rows
     took 17 times as long.
     """
-    rows, experts, d_out = x.shape[0], w.shape[0], w.shape[1 if transpose_rhs else 2]
+    rows, d_out = x.shape[0], w.shape[1 if transpose_rhs else 2]
     # A mean group's worth: small tiles waste no work on few rows, large ones copy w less often.
-    tile = min(max(8, 1 << (rows // experts).bit_length() >> 1), 64)
+    tile = min(max(8, 1 << (rows // total_experts).bit_length() >> 1), 64)
     tiles = row_tiles(group_sizes, rows, tile)
     x = jnp.pad(x, ((0, tile), (0, 0)))  # so that no slice is moved to fit
 

@@ -102,14 +102,14 @@ def grouped_matmul_gpu(
     x: Float[Array, "rows d_in"],
     w: Float[Array, "experts d_in d_out"] | Float[Array, "experts d_out d_in"],
     group_sizes: Int[Array, " experts"],
+    total_experts: int,
     *,
     transpose_rhs: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "rows d_out"]:
     """See `jlora.kernels.grouped_matmul`. Padding is walked as the rows of one expert more."""
-    (rows, d_in), (experts, *sizes) = x.shape, w.shape
-    d_out = sizes[0 if transpose_rhs else 1]
-    config = GroupedConfig.choose(rows, experts, d_in, d_out, x.dtype.itemsize)
+    (rows, d_in), d_out = x.shape, w.shape[1 if transpose_rhs else 2]
+    config = GroupedConfig.choose(rows, total_experts, d_in, d_out, x.dtype.itemsize)
     padding = rows - jnp.sum(group_sizes, dtype=jnp.int32)
     tiles = row_tiles(jnp.append(group_sizes, padding), rows, config.block_m)
     return pl.pallas_call(

@@ -40,6 +40,9 @@ def grouped_matmul_tpu(
     """See `jlora.kernels.grouped_matmul`."""
     check_dtypes(x=x, w=w)
     (rows, d_in), d_out = x.shape, w.shape[1 if transpose_rhs else 2]
+    grouped = jnp.arange(rows) < jnp.sum(group_sizes)
+    # Without any row the grid of `gmm` would be empty, which no TPU has been seen to take.
+    group_sizes = group_sizes.at[0].add(jnp.sum(group_sizes) == 0)
     # float32 means float32; `gmm` leaves the precision of its dot to this setting.
     with jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default"):
         out = gmm(
@@ -52,5 +55,4 @@ def grouped_matmul_tpu(
             interpret=interpret,
         )[:rows]
     # `gmm` leaves what is past the last group as it found it.
-    grouped = jnp.arange(rows) < jnp.sum(group_sizes)
     return jnp.where(grouped[:, None], out, 0)

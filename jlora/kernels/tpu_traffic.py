@@ -155,7 +155,8 @@ def write_kv(tokens: int, *, page: tuple[int, int, int], itemsize: int = 2) -> T
 
 
 def grouped(group_sizes: np.ndarray, *, d_in: int, d_out: int, itemsize: int = 2) -> Traffic:
-    """Of one `grouped_matmul`, which reads the experts that have rows."""
+    """Of one `grouped_matmul`, which reads the experts that have rows, else the first."""
+    group_sizes = group_sizes if np.any(group_sizes) else np.eye(1, len(group_sizes), dtype=int)[0]
     rows, depth, columns = grouped_tpu.tiling(d_in, d_out, itemsize)
     ends = np.cumsum(group_sizes)
     pairs = [  # row tile, expert

@@ -84,7 +84,7 @@ class AdapterState:
 class TokenAdapters:
     """The adapters of some tokens: those of a step, or those that are sampled from.
 
-    fully_sharded: A and B of every row of a layer are divided among the devices.
+    fully_sharded: A and B of every row of a layer that devices share are divided among them.
     """
 
     state: AdapterState

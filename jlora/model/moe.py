@@ -94,7 +94,8 @@ class ExpertLinear(nnx.Module):
         self.transposed = row.output_first
         shape = (row.experts, *(reversed(matrix) if self.transposed else matrix))
         self.weight = nnx.Param(jnp.zeros(shape, dtype))
-        self.name, self.part_widths = row.name, row.local_widths(shards)
+        self.name, self.experts = row.name, row.experts
+        self.part_widths = row.local_widths(shards)
         self.divided = shards > 1 and row.shard != "experts"
 
     def __call__(
@@ -104,12 +105,13 @@ class ExpertLinear(nnx.Module):
         layer: int | Int[Array, ""],
         step: StepContext,
     ) -> Float[Array, "rows d_out"]:
-        """x: the sorted rows. What devices share, they give parts of the sum of."""
+        """x: the sorted rows. Of a row-parallel one this is the device's part of a sum."""
         y = kernels.grouped_matmul(
             x,
             self.weight[...],
             rows.group_sizes,
             transpose_rhs=self.transposed,
+            total_experts=self.experts,
             implementation=step.implementation,
         )
         if rows.adapters is None:

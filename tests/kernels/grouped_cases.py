@@ -12,7 +12,10 @@ from tests.kernels.compare import DTYPES, NUMPY_DTYPE, Call, assert_close, run, 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """sizes: rows of each expert. padding: rows past the last group's, NaN in the inputs."""
+    """sizes: rows of each expert. padding: rows past the last group's, NaN in the inputs.
+
+    total: experts among which the rows are spread, when these are some of them.
+    """
 
     id: str
     sizes: tuple[int, ...]
@@ -21,6 +24,7 @@ class GroupedCase:
     dtype: str = "bfloat16"
     padding: int = 0
     transpose_rhs: bool = False
+    total: int | None = None
 
 
 def draw_grouped(case: GroupedCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,6 +59,7 @@ def grouped_call(case: GroupedCase, implementation, interpret=False) -> Call:
             w,
             group_sizes,
             transpose_rhs=case.transpose_rhs,
+            total_experts=case.total,
             implementation=implementation,
             interpret=interpret,
         )
@@ -98,5 +103,6 @@ GROUPED_CASES = [
     GroupedCase("transposed", (5, 0, 17, 1, 16, 9), 256, 96, padding=3, transpose_rhs=True),
     GroupedCase("transposed-f32", (7, 30, 0, 11), 600, 328, "float32", transpose_rhs=True),
     GroupedCase("transposed-experts", drawn_sizes(256, 128), 256, 192, transpose_rhs=True),
+    GroupedCase("some-of-many", drawn_sizes(60, 8), 256, 384, padding=196, total=64),
     GroupedCase("mixtral-slice", drawn_sizes(512, 8), 1792, 512, "float32"),
 ]

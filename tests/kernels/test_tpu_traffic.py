@@ -131,13 +131,13 @@ def test_lora(slots, widths, copied, monkeypatch):
     assert walked(monkeypatch, expand) == expected.blocks
 
 
-@pytest.mark.parametrize("sizes", [(8, 8), (0, 3, 0, 200, 53), (256,), (1,) * 40, (100, 0, 156)])
+@pytest.mark.parametrize("sizes", [(8, 8), (0, 3, 0, 200, 53), (256,), (1,) * 40, (0, 0)])
 @pytest.mark.parametrize("depth", [128, 384])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped(sizes, depth, transposed, monkeypatch):
     monkeypatch.setattr(grouped_tpu, "DEPTH_TILE", 128)
     monkeypatch.setattr(grouped_tpu, "WEIGHT_BYTES", 128 * 128 * 2)
-    rows = -(-sum(sizes) // 128) * 128
+    rows = max(-(-sum(sizes) // 128), 1) * 128
     x, w = jnp.ones((rows, depth), BF16), jnp.ones((len(sizes), depth, 256), BF16)
     groups = jnp.asarray(sizes, jnp.int32)
     w = jnp.swapaxes(w, 1, 2) if transposed else w

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,8 +104,16 @@ def test_sizes_that_count_are_those_of_the_experts():
     assert place is not None
     assert (place.projection.name, place.expert, place.d_in) == ("experts_down", 7, 100)
     assert modules.place("model.layers.0.mlp.gate").projection.shard == "none"
-    with pytest.raises(ValueError, match="does not divide moe_intermediate_size=100"):
+    with pytest.raises(ValueError, match="moe_intermediate_size=100; enable_expert_parallel=True"):
         check_shards(config, 8)
+    check_shards(dataclasses.replace(config, expert_parallel=True), 8)  # of eight experts
+    with pytest.raises(ValueError, match="tensor_parallel_size=16 does not divide num_experts=8"):
+        check_shards(dataclasses.replace(config, expert_parallel=True), 16)
+    dense = dataclasses.replace(config, num_experts=0, expert_parallel=True)
+    with pytest.raises(
+        ValueError, match="enable_expert_parallel=True, but the model has no experts"
+    ):
+        check_shards(dense, 2)
     more = model_config(MixtralConfig(**{**hf.to_dict(), "num_experts_per_tok": 4}))
     fixed = step_bytes(config, 0, 8, 1)
     rows = step_bytes(config, 512, 8, 1) - fixed
