@@ -110,9 +110,7 @@ def test_sizes_that_count_are_those_of_the_experts():
     with pytest.raises(ValueError, match="tensor_parallel_size=16 does not divide num_experts=8"):
         check_shards(dataclasses.replace(config, expert_parallel=True), 16)
     dense = dataclasses.replace(config, num_experts=0, expert_parallel=True)
-    with pytest.raises(
-        ValueError, match="enable_expert_parallel=True, but the model has no experts"
-    ):
+    with pytest.raises(ValueError, match="=True, but the model has no experts"):
         check_shards(dense, 2)
     more = model_config(MixtralConfig(**{**hf.to_dict(), "num_experts_per_tok": 4}))
     fixed = step_bytes(config, 0, 8, 1)
