@@ -4,9 +4,9 @@
     python scripts/check_tpu.py --cpu          the same on a CPU: kernels interpreted, few cases
 
 What is checked: the devices that JAX sees; each TPU kernel against its definition, over the case
-list of the tests; the demo model with adapters, by the TPU kernels and by plain XLA; that nothing
-is compiled after warm-up; what memory the engine takes; HBM bandwidth, and the time of a decode
-step of an 8B-wide model, both beside published peaks.
+list of the tests; the demo model with adapters, by the TPU kernels and by plain XLA, and on several
+devices; that nothing is compiled after warm-up; what memory the engine takes; HBM bandwidth, and
+the time of a decode step of an 8B-wide model, both beside published peaks.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Checks:
         yield "devices", self.devices
         yield from self.kernels()
         yield "adapters", self.adapters
+        yield "several", self.several
         yield "compilations", self.compilations
         yield "memory", self.memory
         yield "bandwidth", self.bandwidth
@@ -130,7 +131,7 @@ class Checks:
     def engine(self) -> LLM:
         return self.demo("xla" if self.cpu else "tpu")
 
-    def demo(self, implementation: str) -> LLM:
+    def demo(self, implementation: str, devices: int = 1) -> LLM:
         return LLM(
             str(ROOT / "jlora/demo_assets/base"),
             enable_lora=True,
@@ -139,6 +140,7 @@ class Checks:
             max_num_batched_tokens=64,
             max_model_len=128,
             kernel_implementation=implementation,
+            tensor_parallel_size=devices,
             enforce_eager=self.cpu,  # compiles only what is used
             use_tqdm=False,
             kv_cache_memory_bytes=2**24,
@@ -167,6 +169,17 @@ class Checks:
             raise AssertionError("adapters and base answer alike")
         text = f"{len(own)} answers with 3 adapters and without"
         return text + (", by plain XLA only" if self.cpu else " are those of plain XLA")
+
+    def several(self) -> str:
+        count = max(n for n in (1, 2, 4) if n <= jax.device_count())  # the model has four heads
+        if count == 1:
+            raise Skipped("there is one device")
+        one = self.answers(self.engine)
+        shared = self.answers(self.demo("xla" if self.cpu else "tpu", count))
+        same = sum(list(a) == list(b) for a, b in zip(one, shared, strict=True))
+        if same < len(one):
+            raise AssertionError(f"{len(one) - same} of {len(one)} greedy answers differ")
+        return f"{count} devices answer as one"
 
     def compilations(self) -> str:
         seen: list[str] = []

@@ -10,8 +10,9 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_tpu.py"
 
 
-def run(*arguments: str, platforms: str = "") -> subprocess.CompletedProcess:
+def run(*arguments: str, platforms: str = "", devices: int = 1) -> subprocess.CompletedProcess:
     environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment |= {"JAX_PLATFORMS": platforms} if platforms else {}
     command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -30,6 +31,12 @@ def test_kernels_on_a_cpu():
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["pass"] * 4
     assert lines[-1] == "all checks passed (no TPU was there)"
+
+
+def test_several_devices():
+    done = run("--cpu", "--only", "several", devices=4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 devices answer as one" in done.stdout
 
 
 def test_nothing_that_ran_is_no_success():
