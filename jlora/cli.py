@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--distributed",
         nargs="?",
-        const="",
+        const=(),
+        type=_host,
         metavar="HOST:PORT,COUNT,INDEX",
         help="be one of several hosts: where process 0 is, how many processes there are, and which "
         "this one is, from 0; nothing where jax finds that out itself, as on TPU VMs",
@@ -201,8 +202,19 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _leads(where: str, options: dict[str, Any]) -> bool:
-    """Joins jax.distributed; whether this is the first process."""
+def _host(text: str) -> tuple[str, int, int]:
+    """The address of the first process, how many there are, and which this one is."""
+    try:
+        address, count, index = text.split(",")
+        return address, int(count), int(index)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not HOST:PORT,COUNT,INDEX (without these, --distributed comes last)"
+        ) from None
+
+
+def _leads(where: tuple[()] | tuple[str, int, int], options: dict[str, Any]) -> bool:
+    """Joins jax.distributed; whether this is the first process. where: of `_host`, or nothing."""
     import jax
 
     from jlora import EngineArgs
@@ -210,15 +222,7 @@ def _leads(where: str, options: dict[str, Any]) -> bool:
 
     share = options.get("gpu_memory_utilization", EngineArgs.gpu_memory_utilization)
     memory.reserve_fraction(share)  # before jax runs
-    if where:
-        try:
-            address, count, index = where.split(",")
-            told = address, int(count), int(index)
-        except ValueError:
-            raise ValueError(f"--distributed {where} is not HOST:PORT,COUNT,INDEX") from None
-        jax.distributed.initialize(*told)
-    else:
-        jax.distributed.initialize()
+    jax.distributed.initialize(*where)
     return jax.process_index() == 0
 
 

@@ -166,3 +166,13 @@ def test_only_the_first_host_reads_prompts(monkeypatch):
     assert main(["generate", base, "--distributed"]) == 0
     assert [args.model for args in followed] == [base, base]
     assert [args.enable_lora for args in followed] == [True, False]
+
+
+@pytest.mark.parametrize("where", [["{base}"], ["host:1,2", "{base}"], ["host:1,two,0", "{base}"]])
+def test_where_the_first_host_is(capsys, where):
+    """--distributed takes the model for it when that stands behind."""
+    told = [one.format(base=ASSETS / "base") for one in where]
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "--distributed", *told])
+    assert exit_.value.code == 2
+    assert f"{told[0]} is not HOST:PORT,COUNT,INDEX" in capsys.readouterr().err
