@@ -131,4 +131,5 @@ def _budget(args: EngineArgs, model: ModelConfig, max_tokens: int, shards: int, 
     left = stats["bytes_limit"] - stats["bytes_in_use"] - staged
     if device.platform == "gpu":
         left -= autotuning_bytes(model, shards)
+        left -= sum(2 * size * count for size, count in GAPS.items())  # and what is between them
     return max(left - step_bytes(model, max_tokens, seqs, shards), 0)
