@@ -169,7 +169,7 @@ def test_served_models_fit(model, where, layers, script):
     assert base["fits"] and adapted["fits"]
     assert adapted["kernels"]["lora_shrink"] == adapted["kernels"]["lora_expand"] == 4 * layers
     assert adapted["collectives"] == base["collectives"]
-    assert adapted["activations"] == 0
+    assert adapted["activations"] in (0, 8 * 4)  # nothing, or the scales of the eight slots
     if where == "v6e-1":
         without_kv = [one["bytes"] - one["moved"]["kv"] for one in (base, adapted)]
         assert without_kv[1] <= 1.05 * without_kv[0]
