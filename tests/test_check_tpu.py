@@ -33,6 +33,7 @@ def test_kernels_on_a_cpu():
     assert lines[-1] == "all checks passed (no TPU was there)"
 
 
+@pytest.mark.slow
 def test_several_devices():
     done = run("--cpu", "--only", "several", devices=4)
     assert done.returncode == 0, done.stdout + done.stderr
