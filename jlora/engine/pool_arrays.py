@@ -151,6 +151,12 @@ class PoolArrays:
             self._executables[key] = jitted.lower(*described).compile()
         return self._executables[key](*arguments)
 
+    def _each_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """The function, called with one device's share of everything."""
+        return jax.shard_map(
+            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
     def _set_row(self, name: str, **changes: Any) -> None:
         rows = {**self.state.rows, name: dataclasses.replace(self.state.rows[name], **changes)}
         self.state = dataclasses.replace(self.state, rows=rows)
@@ -180,13 +186,7 @@ class PoolArrays:
             )
             fully = self._config.fully_sharded_loras
             incoming = [staged_specs(one.row, fully) for one in blocks]
-            return jax.shard_map(
-                function,
-                mesh=self._mesh,
-                in_specs=(specs, WHOLE, incoming),
-                out_specs=specs,
-                check_vma=False,
-            )
+            return self._each_device(function, (specs, WHOLE, incoming), specs)
 
         written = self._run(
             ("blocks", names, *dtypes),
@@ -261,9 +261,7 @@ class PoolArrays:
                 replace_magnitudes, row=row, shards=self._shards, vocab=vocab
             )
             all_specs = (spec, weight, whole, WHOLE, PartitionSpec(None, *spec[2:]))
-            return jax.shard_map(
-                function, mesh=self._mesh, in_specs=all_specs, out_specs=spec, check_vma=False
-            )
+            return self._each_device(function, all_specs, spec)
 
         for layer in range(len(values)):
             pool = self.state.rows[name]
